@@ -55,8 +55,8 @@ def first_token(hidden, mask):
 
 def sample_layers(num_layers, k, seed, epoch):
     """RAIL-KD's draw (section 3): k of the layers 1..num_layers-1 without replacement, sorted, all subsets
-    equally likely. A function of its arguments alone, so the same on every rank and after a restart; no global generator
-    is read or moved. ValueError where k layers are not to be had."""
+    equally likely. A function of its arguments alone, so the same on every rank and after a restart; no
+    global generator is read or moved. ValueError where k layers are not to be had."""
     if not 1 <= k <= num_layers - 1:
         raise ValueError(f"cannot draw k = {k} intermediate layers from num_layers = {num_layers} blocks")
     return sorted(random.Random(f"layers {seed} {epoch}").sample(range(1, num_layers), k))
@@ -77,7 +77,7 @@ def kd_loss(logits_s, logits_t, temperature):
     (B, C), (B, C) -> scalar in 32 bits; C = 1 (regression): mean squared error, no temperature. The teacher
     gets no gradient. ValueError for other shapes or a temperature that is not positive."""
     if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
-        raise ValueError(f"need (B, C), (B, C), T > 0: {[*logits_s.shape]}, {[*logits_t.shape]}, {temperature}")
+        raise ValueError(f"need (B, C) twice, T > 0: {[*logits_s.shape]}, {[*logits_t.shape]}, {temperature}")
     logits_s, logits_t = logits_s.float(), logits_t.detach().float()
     if logits_s.shape[1] == 1:
         return F.mse_loss(logits_s, logits_t)
@@ -97,11 +97,11 @@ def ridge(x, y, center=True, penalty=0.1):
 class Distance(nn.Module):
     """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits, always.
 
-    A subclass has maps (`proj_s`, `proj_t`: nn.Linear, nn.ModuleList of one per slot, or None), says what goes
-    in (`inputs_*`: lists of (B, width)) and, if need be, what comes out (`term`). Options of all: start,
+    A subclass has maps (`proj_s`, `proj_t`: nn.Linear, nn.ModuleList of one per slot, or None), says what
+    goes in (`inputs_*`: lists of (B, width)) and, if need be, what comes out (`term`). Options of all: start,
     "ridge": `fit`, called once before training, puts the student's map at the least-squares solution (no map:
-    no fit), or "random": as drawn; teacher_proj, "frozen" (cannot collapse) or "trained" (literal); alpha, the
-    slots' weights, 1 in the paper. ValueError for bad shapes and options, RuntimeError for a missing fit.
+    no fit), or "random": as drawn; teacher_proj, "frozen" (cannot collapse) or "trained" (literal); alpha,
+    the slots' weights, 1 in the paper. ValueError for bad shapes and options, RuntimeError for a missing fit.
     """
 
     def __init__(self, d_s, d_t, num_slots, num_targets=None, bias=True, teacher_proj="frozen", start="ridge",
@@ -112,7 +112,8 @@ class Distance(nn.Module):
         self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
         self.bias, self.train_t, self.start = bias, teacher_proj == "trained", start
         self.proj_s = self.proj_t = None
-        self.register_buffer("alpha", torch.ones(num_slots) * torch.as_tensor(1.0 if alpha is None else alpha))
+        alpha = torch.as_tensor(1.0 if alpha is None else alpha, dtype=torch.float32)
+        self.register_buffer("alpha", alpha.expand(num_slots).clone())
         self.register_buffer("fitted", torch.tensor(False))         # in the state dict: fit was called
         self._ready = start == "random"                             # spares a GPU a look at it in every step
 
@@ -239,9 +240,9 @@ class ContrastiveDistance(ConcatDistance):
     own example's student vector s from others of a memory bank: cross-entropy of <t, .> / temperature.
 
     The bank keeps unit(momentum bank + (1 - momentum) s) for each of `num_examples` training rows, updated in
-    training mode alone. Takes index= (B,), row numbers (else ValueError), and labels= (B,), known from a row's
-    first batch on. Negatives, drawn with replacement by torch's global generator, are rows of another known
-    label, or all other rows where there are none or labels are float (regression) or None.
+    training mode alone. Takes index= (B,), row numbers (else ValueError), and labels= (B,), known from a
+    row's first batch on. Negatives, drawn with replacement by torch's global generator, are rows of another
+    known label, or all other rows where there are none or labels are float (regression) or None.
     """
 
     def __init__(self, d_s, d_t, num_slots, num_examples, proj_dim=128, num_negatives=100, temperature=0.07,
@@ -290,12 +291,12 @@ METHODS = {                                         # name: (selection of teache
 class IntermediateLoss(nn.Module):
     """The intermediate term of a method, for any loop: which layers (selection) and how far (distance).
 
-    Before training ild.fit(batches); every epoch ild.set_epoch(epoch), the draw; every step
-    ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar. hidden_states: `output_hidden_states=True`,
+    Before training ild.fit(batches), in every epoch ild.set_epoch(epoch), the draw, and in every step
+    ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar. hidden_states: of `output_hidden_states`,
     blocks + 1 tensors (B, L, d); masks (B, L), or None where nothing is padded; L may differ. Pooled already:
-    ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's own, options go to the distance.
-    Its trainable parameters belong in the optimizer. `.layers_s`, `.layers_t`: the layers in use. ValueError for
-    unknown names, impossible layers, wrong shapes; RuntimeError before the draw or the fit.
+    ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's; options go to the distance.
+    Its trainable parameters belong in the optimizer. `.layers_s`, `.layers_t`: the layers in use. ValueError
+    for unknown names, impossible layers, wrong shapes; RuntimeError before the draw or the fit.
     """
 
     def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
@@ -325,8 +326,8 @@ class IntermediateLoss(nn.Module):
         if layers is None:
             raise RuntimeError("no layers drawn yet: call set_epoch(epoch) at the start of every epoch")
         if len(hidden_states) != self.blocks[side] + 1:
-            raise ValueError(f"{len(hidden_states)} hidden states, {self.blocks[side] + 1} expected: [0] is the "
-                             "embedding output, [i] the output of block i")
+            raise ValueError(f"{len(hidden_states)} hidden states, {self.blocks[side] + 1} expected: [0] is "
+                             "the embedding output, [i] the output of block i")
         mask = torch.ones_like(hidden_states[0][..., 0]) if mask is None else mask
         return torch.stack([self.pool_tokens(hidden_states[layer], mask) for layer in layers], 1)
 
@@ -344,7 +345,7 @@ class IntermediateLoss(nn.Module):
         self.distance.fit(*map(torch.cat, zip(*pooled)), chances=self.chances())
 
     def chances(self):
-        """(k, n-1): how likely is layer l the i-th selected? Drawn, it is the i-th smallest of m out of n-1."""
+        """(k, n-1): how likely is layer l the i-th selected? In a draw: the i-th smallest of m out of n-1."""
         n, m, comb, layers = self.blocks["t"], len(self.layers_s), math.comb, range(1, self.blocks["t"])
         if self.select != "random":
             return torch.tensor([[float(l == layer) for l in layers] for layer in self.layers_t])
@@ -388,26 +389,30 @@ def load_splits(args):
     """The raw splits {"train": dataset, "validation..": ..}: toy, one's own files, --data-root or the hub."""
     import datasets
     if args.task == "toy":
-        return {x: datasets.Dataset.from_dict(toy_data(x, n)) for x, n in (("train", 3000), ("validation", 1000))}
+        sizes = {"train": 3000, "validation": 1000}
+        return {split: datasets.Dataset.from_dict(toy_data(split, size)) for split, size in sizes.items()}
     if args.train_file:
-        files, kind = {"train": args.train_file, "validation": args.validation_file}, Path(args.train_file).suffix
-        csv = {"sep": "\t" if kind == ".tsv" else ",", "keep_default_na": False} if kind in (".csv", ".tsv") else {}
-        reader = {".tsv": "csv", ".jsonl": "json"}.get(kind, kind.strip("."))
-        return datasets.load_dataset(reader, data_files=files, **csv)
+        splits, csv = {}, {"csv": {"keep_default_na": False}, "tsv": {"keep_default_na": False, "sep": "\t"}}
+        for split, path in (("train", args.train_file), ("validation", args.validation_file)):
+            kind = Path(path).suffix.lower().strip(".")
+            reader = {"tsv": "csv", "jsonl": "json"}.get(kind, kind)
+            splits[split] = datasets.load_dataset(reader, data_files=path, split="train", **csv.get(kind, {}))
+        return splits
     if args.data_root:
         folder = Path(args.data_root, "nyu-mll", "glue", args.task)
-        files = {path.name.split("-")[0]: str(path).split("-0000")[0] + "-*" for path in folder.glob("*.parquet")}
-        return datasets.load_dataset("parquet", data_files=files)
+        names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
+        return datasets.load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
     return datasets.load_dataset("nyu-mll/glue", args.task)
 
 def load_data(args):
-    """texts {split: [column, ..]}, labels {split: (N,)}, label names (None: regression), metrics, dev (splits)."""
+    """texts {split: [column, ..]}, labels {split: (N,)}, names (None: regression), metrics, dev splits."""
     try:
         splits = load_splits(args)
         columns = [x for x in splits["train"].features if x not in ("label", "idx", "id")]
     except Exception as error:                                      # hub and parsers have no error in common
-        raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {ADVICE}") from error
-    data = argparse.Namespace(texts={}, labels={}, names=None, dev=sorted(x for x in splits if x.startswith("val")))
+        advice = "see --train-file in --help" if args.train_file else ADVICE
+        raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {advice}") from error
+    data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x.startswith("val")))
     for split in ["train", *data.dev]:
         table, found = splits[split].to_dict(), splits[split].features
         if "label" not in found or not 1 <= len(columns) <= 2 or not {*columns} <= {*found}:
@@ -423,9 +428,10 @@ def load_data(args):
             rows = sorted(random.Random("subset").sample(rows, min(len(rows), args.max_train_examples)))
         strange = {str(x) for x in labels if x is None or data.names and x not in known}
         if not rows or strange:
-            raise UserError(f"{split}: " + (f"labels {strange} are none of {data.names}" if rows else "no rows"))
+            raise UserError(f"{split}: " + (f"labels {strange}, known: {data.names}" if rows else "no rows"))
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
-        data.labels[split] = torch.tensor([known.index(labels[row]) if data.names else labels[row] for row in rows])
+        numbers = {label: i for i, label in enumerate(known)} if data.names else {}
+        data.labels[split] = torch.tensor([numbers.get(labels[row], labels[row]) for row in rows])
     data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else ["pearson", "spearman"])
     return data
 
@@ -439,7 +445,7 @@ class Side:
             x: i for i, x in enumerate(names)}} if names else {"num_labels": 1, "problem_type": "regression"}
         try:
             config = AutoConfig.from_pretrained(name)
-            ready = role == "teacher" and any("SequenceClassification" in x for x in config.architectures or [])
+            ready = role == "teacher" and "SequenceClassification" in "".join(config.architectures or [])
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **({} if ready else head))
@@ -451,7 +457,7 @@ class Side:
         self.model = self.model.float().to(args.device)
         self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         self.params = sum(p.numel() for p in self.model.parameters())
-        self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.1f} M)"
+        self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
         takes = inspect.signature(self.model.forward).parameters    # DistilBERT, say, takes no token_type_ids
         self.tokens = {split: {k: v for k, v in self.tokenizer(
             *texts, truncation=True, max_length=args.max_length).items() if k in takes}
@@ -459,7 +465,7 @@ class Side:
         self.lengths = {split: torch.tensor([*map(len, x["input_ids"])]) for split, x in self.tokens.items()}
 
     def __call__(self, split, rows):
-        """Rows (B,) of a split -> logits (B, C) in 32 bits, hidden states (tuple of (B, L, d)), mask (B, L)."""
+        """Rows (B,) of a split -> logits (B, C) in 32 bits, hidden states (B, L, d) each, mask (B, L)."""
         device, rows, gpu = self.args.device, rows.tolist(), self.args.device.type == "cuda"
         inputs = self.tokenizer.pad({k: [v[row] for row in rows] for k, v in self.tokens[split].items()},
                                     return_tensors="pt")
@@ -474,7 +480,8 @@ class Side:
         self.model.eval()
         rows = torch.arange(len(self.lengths[split])) if rows is None else rows
         order = self.lengths[split][rows].argsort(stable=True)
-        return torch.cat([function(*self(split, part)).cpu() for part in rows[order].split(64)])[order.argsort()]
+        parts = [function(*self(split, part)).cpu() for part in rows[order].split(64)]
+        return torch.cat(parts)[order.argsort()]
 
 def batches(lengths, size, seed, epoch):
     """Groups of `size` rows of like length in random order, new in every epoch, the partial one kept."""
@@ -484,7 +491,7 @@ def batches(lengths, size, seed, epoch):
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
 def make_optimizer(modules, args):
-    """AdamW over all that can be trained; weight decay from two dimensions on, so not for biases and norms."""
+    """AdamW over all that is trained; weight decay from two dimensions on, so not for biases and norms."""
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
@@ -495,7 +502,8 @@ def loss_terms(student, teacher, ild, labels, rows, args):
     logits_s, hidden_s, mask_s = student("train", rows)
     index = rows.to(args.device, non_blocking=True)
     labels = labels[index]
-    ce = F.mse_loss(logits_s[:, 0], labels) if labels.is_floating_point() else F.cross_entropy(logits_s, labels)
+    regression = labels.is_floating_point()
+    ce = F.mse_loss(logits_s[:, 0], labels) if regression else F.cross_entropy(logits_s, labels)
     kd = inter = torch.zeros_like(ce)
     if teacher:
         with torch.no_grad():
@@ -541,7 +549,7 @@ def train(student, data, args, folder, teacher=None, ild=None):
         loss, ce, kd, inter = (sums / len(labels)).tolist()         # the only wait for the device in an epoch
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
-            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr, or --amp off")
+            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr? --amp off?")
         metrics, _ = evaluate(student, data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce,
                "kd": kd if teacher else None, "ild": inter if ild else None, **watch(), "seconds": seconds,
@@ -551,10 +559,11 @@ def train(student, data, args, folder, teacher=None, ild=None):
         if best is row:
             save(student, folder / "model")
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-        shown = "".join(f"  {x} {row[x]:.3f}" for x in ("loss", "ce", "kd", "ild") if row[x] is not None)
-        print(f"epoch {epoch}/{args.epochs}{f'  layers {ild.layers_t}' if ild else ''}{shown}  {data.metrics[0]} "
-              f"{row['score']:.4f} (best {best['score']:.4f})  {seconds:.1f} s, {len(labels) / seconds:.0f} examples/s",
-              flush=True)
+        shown = [f"layers {ild.layers_t}"] if ild else []
+        shown += [f"{x} {row[x]:.3f}" for x in ("loss", "ce", "kd", "ild") if row[x] is not None]
+        shown += [f"{data.metrics[0]} {row['score']:.4f} (best {best['score']:.4f})"]
+        shown += [f"{seconds:.1f} s, {len(labels) / seconds:.0f} examples/s"]
+        print(f"epoch {epoch}/{args.epochs}", *shown, sep="  ", flush=True)
         if epoch == 1:
             print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
         if alike is not None and 1 - row["cosine_s"] < 0.1 * (1 - alike):
@@ -569,10 +578,11 @@ def measure(name, logits, labels):
     """A metric of logits (N, C) and labels (N,); 0 where it is not defined (constant predictions)."""
     from scipy import stats
     from sklearn import metrics
-    known = {"accuracy": metrics.accuracy_score, "f1": metrics.f1_score, "matthews": metrics.matthews_corrcoef,
-             "pearson": lambda y, x: stats.pearsonr(y, x)[0], "spearman": lambda y, x: stats.spearmanr(y, x)[0]}
+    known = {"accuracy": metrics.accuracy_score, "f1": metrics.f1_score,
+             "matthews": metrics.matthews_corrcoef, "pearson": stats.pearsonr, "spearman": stats.spearmanr}
     guess = logits[:, 0] if labels.is_floating_point() else logits.argmax(1)
-    value = float(known[name](labels.numpy(), guess.numpy()))
+    value = known[name](labels.numpy(), guess.numpy())
+    value = float(getattr(value, "statistic", value))               # scipy's come with a p-value
     return value if math.isfinite(value) else 0.0
 
 def evaluate(side, data):
@@ -619,17 +629,20 @@ def save(side, folder):
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
-def prepare_teacher(data, args):
+def prepare_teacher(student, data, args):
     """The teacher, fine-tuned if need be, frozen and in eval mode; its dev metrics; its examples/s."""
-    names = "task teacher max_length teacher_epochs teacher_lr teacher_seed amp warmup batch_size grad_accumulation"
-    settings = [vars(args)[x] for x in [*names.split(), "weight_decay"]]
-    key = hashlib.sha256(json.dumps([settings, data.texts, data.labels["train"].tolist()]).encode()).hexdigest()
+    names = "teacher teacher_epochs teacher_lr teacher_seed batch_size grad_accumulation weight_decay warmup"
+    settings = [vars(args)[x] for x in [*names.split(), "max_length", "amp"]]
+    settings += [data.texts, data.names, data.labels["train"].tolist()]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key[:12]}")
     made = (folder / "done").exists()
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
     if not teacher.ready:
-        print(f"teacher  {teacher.title} has no head for this task: fine-tuned first, kept in {folder}", flush=True)
+        if args.weights[2] and student.blocks > teacher.blocks:
+            raise UserError(f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
+        print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, in {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
                   "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0)}
         train(teacher, data, argparse.Namespace(**vars(args) | tuning), folder)
@@ -648,7 +661,7 @@ def prepare_teacher(data, args):
     floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)
     print(f"teacher  {teacher.title}; dev {metrics}; majority baseline {floor:.4f}", flush=True)
     if [*metrics.values()][0] <= floor + 0.01:
-        print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this very task?")
+        print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this task?")
     return teacher, metrics, speed
 
 def check_order(teacher, answers, labels, names):
@@ -656,23 +669,25 @@ def check_order(teacher, answers, labels, names):
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import confusion_matrix
     confusion = confusion_matrix(labels, answers, labels=range(len(names)), normalize="all")
-    best = linear_sum_assignment(-confusion)[1].tolist()                            # label i is answer best[i]
+    best = linear_sum_assignment(-confusion)[1].tolist()                    # label i is answer best[i]
     now, then = confusion.trace(), confusion[range(len(names)), best].sum()
     if then > now + 0.1:
         order = {teacher.order[answer]: names[label] for label, answer in enumerate(best)}
-        raise UserError(f"the teacher's dev accuracy is {now:.3f}, but {then:.3f} with its labels in another order: "
+        raise UserError(f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}: "
                         f"pass --teacher-labels {','.join(order[i] for i in range(len(names)))}")
 
 def make_loss(student, teacher, data, args):
     """The method's intermediate loss, its ridge start made on up to 2,000 training examples."""
     size, kind = len(data.labels["train"]), DISTANCES[args.distance or METHODS[args.method][1]]
+    torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
     options = {"num_examples": size} if "num_examples" in inspect.signature(kind).parameters else {}
-    options |= {x: vars(args)[x] for x in ("proj_dim", "teacher_proj", "start", "shared") if vars(args)[x] is not None}
+    given = {x: vars(args)[x] for x in ("proj_dim", "teacher_proj", "start", "shared")}
+    options |= {x: value for x, value in given.items() if value is not None}
     try:
-        ild = IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width, args.seed,
-                               args.select, args.distance, **options).to(args.device)
+        ild = IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
+                               args.seed, args.select, args.distance, **options).to(args.device)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{student.blocks} student blocks, {teacher.blocks} teacher blocks: {error}") from error
+        raise UserError(f"{error} (student {student.title}, teacher {teacher.title})") from error
     student.model.eval()
     rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size))).split(64)
     if ild.distance.start == "ridge":
@@ -688,7 +703,7 @@ def run(args):
         results = json.loads((folder / "results.json").read_text())
         changed = [k for k in config if json.loads(json.dumps(config[k])) != results["config"].get(k)]
         if changed:
-            raise UserError(f"{folder} holds a run with other {', '.join(changed)}: --output-dir or --overwrite?")
+            raise UserError(f"{folder} holds a run with other {', '.join(changed)}; --overwrite it?")
         return close(results)
     set_up(args)
     if args.task == "toy":
@@ -698,13 +713,14 @@ def run(args):
     torch.manual_seed(args.seed)                                    # draws the student's head
     student = Side("student", args.student, data, args)
     if args.weights[1] or args.weights[2]:
-        teacher, metrics_t, speed_t = prepare_teacher(data, args)
+        teacher, metrics_t, speed_t = prepare_teacher(student, data, args)
     if args.weights[2]:
         ild = make_loss(student, teacher, data, args)
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
+    sizes = ", ".join(f"{len(x)} {split}" for split, x in data.labels.items())
     print(f"student  {student.title}\n"
-          f"data     {', '.join(f'{len(x)} {split}' for split, x in data.labels.items())}; {data.metrics[0]} selects\n"
-          f"method   {name}; intermediate layers {pairs}; weights {args.weights} of CE, KD, ILD\n"
+          f"data     {args.task}: {sizes}; {data.metrics[0]} on {data.dev[0]} selects the epoch\n"
+          f"method   {name}; layers {pairs}; CE, KD, ILD weigh {' '.join(f'{w:.2g}' for w in args.weights)}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation}, lr {args.lr}, "
           f"{args.dtype} on {args.device}", flush=True)
     history = train(student, data, args, folder, teacher, ild)
@@ -712,10 +728,12 @@ def run(args):
     results = {
         "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metrics[0],
         "best_score": best["score"], "best_epoch": best["epoch"], "last_score": history[-1]["score"],
-        "teacher_score": metrics_t and [*metrics_t.values()][0], "teacher_metrics": metrics_t, "config": config,
-        "versions": {x: importlib.metadata.version(x) for x in ("torch", "transformers", "datasets", "scikit-learn")},
-        "device": str(args.device), "params_s": student.params, "params_t": teacher and teacher.params,
-        "speed_s": evaluate(student, data)[1], "speed_t": speed_t, "model": str(folder / "model"), "history": history}
+        "teacher_score": metrics_t and [*metrics_t.values()][0], "teacher_metrics": metrics_t,
+        "params_s": student.params, "params_t": teacher and teacher.params,
+        "speed_s": evaluate(student, data)[1], "speed_t": speed_t,
+        "device": f"{args.device}, {args.dtype}", "model": str(folder / "model"),
+        "versions": {x: importlib.metadata.version(x) for x in ("torch", "transformers", "datasets")},
+        "config": config, "history": history}
     (folder / "results.partial").write_text(json.dumps(results, indent=1))
     (folder / "results.partial").rename(folder / "results.json")
     return close(results)
@@ -724,8 +742,9 @@ def close(results):
     """The closing lines -> the results."""
     for side, key in (("teacher", "teacher_score"), ("student", "best_score")):
         if results[key] is not None:
-            print(f"{side}  {results['metric']} {results[key]:.4f}, {results['params_' + side[0]] / 1e6:.1f} M "
-                  f"parameters, {results['speed_' + side[0]]:.0f} examples/s")
+            size, speed = results[f"params_{side[0]}"] / 1e6, results[f"speed_{side[0]}"]
+            print(f"{side}  {results['metric']} {results[key]:.4f}, {size:.2f} M parameters, "
+                  f"answers {speed:.0f} examples/s")
     print(f"epoch {results['best_epoch']} is in {results['model']}; to run it anew: --overwrite", flush=True)
     return results
 
@@ -736,7 +755,8 @@ def report(folder):
         raise UserError(f"no finished run (results.json) below {folder}")
     cells, tasks = {}, list(dict.fromkeys(results["task"] for _, results in runs))
     for path, results in runs:
-        method = "{}, lr {lr}, batch {batch_size}".format(path.parent.name.split("-seed")[0], **results["config"])
+        config, method = results["config"], path.parent.name.split("-seed")[0]
+        method += f", lr {config['lr']}, batch {config['batch_size']}"
         cells.setdefault((method, results["task"]), []).append(results["best_score"])
         if results["teacher_score"] not in [None, *cells.get(("teacher", results["task"]), [])]:
             cells.setdefault(("teacher", results["task"]), []).append(results["teacher_score"])
@@ -757,13 +777,14 @@ def set_up(args):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from error
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
-    bf16 = torch.cuda.get_device_capability() >= (8, 0) if gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
     if amp == "fp16" and not gpu:
         raise UserError("--amp fp16 needs a GPU: take bf16 or off")
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
-    local = all(Path(x).is_dir() for x in (args.teacher, args.student)) and (args.data_root or args.train_file)
+    local = all(Path(x).is_dir() for x in (args.teacher, args.student, args.data_root or ".")) and (
+        args.data_root or args.train_file)
     if not local and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
@@ -796,48 +817,50 @@ def triple(text):
     return values
 
 def parse(argv=None):
-    parser = Parser(prog="railkd.py", description=__doc__.split("\n\n")[0])
-    add, count, share, seed = parser.add_argument, number(int, 1), number(float, 0, 1), number(int, 0, 2 ** 32 - 1)
+    parser = Parser(prog="railkd.py", description=__doc__.split("\n\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, count, share, seed = parser.add_argument, number(int, 1), number(float, 0, 1), number(int, 0, 10 ** 9)
     add("--task", help=f"{', '.join(TASKS)} (no download); with --train-file any other name")
-    add("--method", default="rail-c", choices=METHODS, metavar="M", help=f"{', '.join(METHODS)} (default rail-c)")
+    add("--method", default="rail-c", choices=METHODS, metavar="M", help=", ".join(METHODS))
     add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
     add("--distance", choices=DISTANCES, metavar="D", help=f"instead of the method's: {', '.join(DISTANCES)}")
-    add("--teacher", default="bert-base-uncased", help="hub name or folder (paper: BERT-12)")
-    add("--student", default="distilbert-base-uncased", help="hub name or folder (paper: DistilBERT-6)")
-    add("--data-root", help="folder of local clones named like the hub's, DIR/nyu-mll/glue (default: the hub)")
-    add("--train-file", help="own data: csv, tsv, json lines or parquet with `label` and one or two text columns")
+    add("--teacher", default="bert-base-uncased", help="hub name or folder; paper: BERT-12")
+    add("--student", default="distilbert-base-uncased", help="hub name or folder; paper: DistilBERT-6")
+    add("--data-root", help="local clones named like the hub's (DIR/nyu-mll/glue), no hub")
+    add("--train-file", help="own csv, tsv, json lines or parquet: `label` and one or two columns of text")
     add("--validation-file", help="own data to evaluate on, the same columns")
-    add("--output-dir", default="runs", help="results go to DIR/TASK/METHOD-seedN (default runs)")
+    add("--output-dir", default="runs", help="results go to DIR/TASK/METHOD-seedN")
     add("--epochs", type=count, default=40, help="paper: 40")
-    add("--patience", type=count, default=5, help="epochs without a better dev score until it stops (our choice: 5)")
-    add("--batch-size", type=count, default=32, help="paper: searched in 8, 16, 32 (default 32)")
-    add("--grad-accumulation", type=count, default=1, help="batches for one optimizer step (our choice: 1)")
-    add("--lr", type=share, default=2e-5, help="paper: searched in 1e-5, 2e-5, 5e-5, 4e-6 (default 2e-5)")
-    add("--weight-decay", type=share, default=0.01, help="of AdamW, from two dimensions on (our choice: 0.01)")
-    add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows (our choice: 0.1)")
-    add("--weights", type=triple, metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3 each; kd 1/2,1/2,0; none 1,0,0")
-    add("--temperature", type=number(float, 1e-3), default=2.0, help="of the KD term (our choice: 2)")
-    add("--proj-dim", type=count, help="width u of the maps (paper: 128)")
-    add("--teacher-proj", choices=("frozen", "trained"), help="teacher's map (our choice: frozen; codir: trained)")
-    add("--start", choices=("ridge", "random"), help="student's map: least squares (our choice) or as drawn")
-    add("--shared-proj", action=argparse.BooleanOptionalAction, dest="shared", help="rail-l: one pair of maps for all slots (our choice), or one for each")
-    add("--max-length", type=number(int, 4), default=128, help="tokens (our choice: 128)")
+    add("--patience", type=count, default=5, help="epochs without a better score until it stops; our choice")
+    add("--batch-size", type=count, default=32, help="paper: searched in 8, 16, 32")
+    add("--grad-accumulation", type=count, default=1, help="batches for one optimizer step; our choice")
+    add("--lr", type=share, default=2e-5, help="paper: searched in 1e-5, 2e-5, 5e-5, 4e-6")
+    add("--weight-decay", type=share, default=0.01, help="AdamW's, from two dimensions on; our choice")
+    add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows; our choice")
+    add("--weights", type=triple, metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3 each, for kd 1/2 1/2")
+    add("--temperature", type=number(float, 1e-3), default=2.0, help="of the KD term; our choice")
+    add("--proj-dim", type=count, help="width u of the maps; paper: 128")
+    add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
+    add("--start", choices=("ridge", "random"), help="student's map: least squares, our choice, or as drawn")
+    add("--shared-proj", action=argparse.BooleanOptionalAction, dest="shared",
+        help="rail-l: one pair of maps for all slots, our choice, or one for each")
+    add("--max-length", type=number(int, 4), default=128, help="tokens; our choice")
     add("--max-train-examples", type=count, default=10 ** 9, help="a random subset, the same for every seed")
-    add("--seed", type=seed, default=42, help="of the student's run (paper: 5 seeds; default 42)")
-    add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head (our choice: 3)")
-    add("--teacher-lr", type=share, default=2e-5, help="for the same (our choice: 2e-5)")
+    add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds")
+    add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
+    add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
     add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it")
-    add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="label names in the teacher's order")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: mixed; auto: if in hardware")
-    add("--device", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
+    add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="its labels in its own order")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: mixed precision")
+    add("--device", help="cpu, cuda, cuda:1, ..; if not given, a GPU where there is one")
     add("--overwrite", action="store_true", help="run anew where there are results")
     add("--report", metavar="DIR", help="print a table of the finished runs below DIR, train nothing")
     if "toy" in (argv or sys.argv):
         parser.set_defaults(epochs=10, patience=10, lr=1e-3, teacher_epochs=8, teacher_lr=2e-3)
     args = parser.parse_args(argv)
-    own = bool(args.train_file and args.validation_file)
-    if not args.report and (own == (args.task in TASKS) or bool(args.train_file) != bool(args.validation_file)):
-        parser.error(f"give --task, one of {', '.join(TASKS)}, or else both --train-file and --validation-file")
+    files = [args.train_file, args.validation_file]
+    if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
+        parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
     args.task = args.task or Path(args.train_file or "").stem
     args.weights = args.weights or (not args.distance and WEIGHTS.get(args.method)) or (1 / 3, 1 / 3, 1 / 3)
     if args.weights[2] and not (args.distance or METHODS[args.method][1]):

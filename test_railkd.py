@@ -1,0 +1,961 @@
+# SPDX-License-Identifier: MIT
+"""Tests of railkd.py: no network, no GPU, no download. Each docstring names the mistake that the test would catch."""
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import railkd as R
+
+torch.set_num_threads(1)                                 # tiny models only; it also keeps the sums in one order
+os.environ.setdefault("OMP_NUM_THREADS", "1")            # the same for what the tests start
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared" / "hub"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the GLUE clones in ../shared/hub")
+B, M, N, D_S, D_T = 6, 3, 7, 10, 14                      # batch, slots, teacher blocks, widths
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def to_numpy(linear, x):
+    y = x @ linear.weight.detach().double().numpy().T
+    return y if linear.bias is None else y + linear.bias.detach().double().numpy()
+
+
+def pooled(k=M, d_s=D_S, d_t=D_T, seed=0, batch=B):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, M, d_s, generator=g), torch.randn(batch, k, d_t, generator=g)
+
+
+# ----------------------------------------------------------------------------------------------- pooling and draw
+
+def test_mean_pool_is_the_mean_of_the_tokens():
+    """Catches padding averaged in, a sum for a mean, a mean over the wrong axis."""
+    hidden, mask = torch.randn(3, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 0, 0]])
+    for b in range(3):
+        tokens = [hidden[b, i].numpy() for i in range(5) if mask[b, i]]
+        assert np.allclose(R.mean_pool(hidden, mask)[b], sum(tokens) / len(tokens), atol=1e-6)
+
+
+def test_padding_never_matters():
+    """Catches multiplying by the mask, which keeps NaN, in the value and in the gradient."""
+    hidden, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    dirty = hidden.masked_fill(~mask.bool()[..., None], math.nan).requires_grad_()
+    result = R.mean_pool(dirty, mask)
+    assert torch.equal(result, R.mean_pool(hidden, mask)) and torch.equal(result[1], torch.zeros(3))
+    result.sum().backward()
+    assert dirty.grad.isfinite().all() and dirty.grad[~mask.bool()].abs().sum() == 0
+
+
+def test_pooling_is_in_32_bits():
+    """Catches a sum of many half-precision values, which overflows at 65,504."""
+    hidden = torch.full((1, 100, 2), 1000.0, dtype=torch.float16)
+    result = R.mean_pool(hidden, torch.ones(1, 100))
+    assert result.dtype == torch.float32 and torch.allclose(result, torch.full((1, 2), 1000.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert R.mean_pool(hidden.bfloat16(), torch.ones(1, 100)).dtype == torch.float32
+
+
+def test_first_token_is_the_first_that_is_no_padding():
+    """Catches hidden[:, 0] where the padding is on the left."""
+    hidden = torch.randn(2, 3, 4)
+    result = R.first_token(hidden, torch.tensor([[1, 1, 0], [0, 1, 1]]))
+    assert torch.allclose(result, torch.stack([hidden[0, 0], hidden[1, 1]]))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((2, 3, 4), (2, 4)), ((2, 3, 4), (2, 3, 1))])
+def test_pooling_names_both_shapes(shapes):
+    with pytest.raises(ValueError) as error:
+        R.mean_pool(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+    assert all(str([*shape]) in str(error.value) for shape in shapes)
+
+
+def test_draw_covers_every_layer_and_every_pair_equally():
+    """Catches a biased draw, layer 0 or the last layer drawn, an unsorted draw, drawing with replacement."""
+    draws = [R.sample_layers(N, M, seed, epoch) for seed in range(40) for epoch in range(100)]
+    assert all(draw == sorted(set(draw)) and len(draw) == M and {*draw} <= {*range(1, N)} for draw in draws)
+    for size in (1, 2, 3):                               # layers, pairs, whole subsets
+        chance = math.comb(N - 1 - size, M - size) / math.comb(N - 1, M)
+        slack = 4.5 * math.sqrt(chance * (1 - chance) / len(draws))
+        for subset in itertools.combinations(range(1, N), size):
+            assert abs(sum({*subset} <= {*draw} for draw in draws) / len(draws) - chance) < slack
+
+
+def test_draw_depends_on_its_arguments_alone():
+    """Catches a draw from a global generator, an epoch or a seed that is ignored."""
+    random.seed(1), torch.manual_seed(1), np.random.seed(1)
+    first, states = R.sample_layers(12, 5, 3, 4), (random.getstate(), torch.get_rng_state())
+    random.seed(2), torch.manual_seed(2), np.random.seed(2)
+    assert R.sample_layers(12, 5, 3, 4) == first
+    random.setstate(states[0]), torch.set_rng_state(states[1])
+    R.sample_layers(12, 5, 3, 4), R.select_layers("permuted", 12, 5, 3, 4)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert len({tuple(R.sample_layers(12, 5, 3, e)) for e in range(20)}) > 10
+    assert len({tuple(R.sample_layers(12, 5, s, 4)) for s in range(20)}) > 10
+
+
+@pytest.mark.parametrize("num_layers, k", [(6, 6), (6, 0), (1, 1)])
+def test_impossible_draw_names_both_numbers(num_layers, k):
+    with pytest.raises(ValueError, match=rf"k = {k}\b.*num_layers = {num_layers}\b"):
+        R.sample_layers(num_layers, k, 0, 0)
+    with pytest.raises(ValueError):
+        R.select_layers("skip", num_layers, k)
+
+
+def test_selections_are_the_published_ones():
+    """Catches an off-by-one layer; the paper's own table for BERT-12 and RoBERTa-24."""
+    expected = {"skip": [2, 4, 6, 8, 10], "last": [7, 8, 9, 10, 11], "reverse": [10, 8, 6, 4, 2], "middle": [6] * 5,
+                "all": [*range(1, 12)], "random": R.sample_layers(12, 5, 3, 1)}
+    for name, layers in expected.items():
+        assert R.select_layers(name, 12, 5, 3, 1) == layers
+    assert R.select_layers("skip", 24, 5) == [4, 8, 12, 16, 20]
+    orders = [R.select_layers("permuted", 12, 5, seed, epoch) for seed in range(9) for epoch in (0, 1, 7)]
+    assert all(sorted(order) == expected["skip"] for order in orders) and len({*map(tuple, orders)}) > 3
+    assert all(orders[i] == orders[i + 1] == orders[i + 2] for i in range(0, 27, 3))       # never redrawn
+    with pytest.raises(ValueError, match="unknown selection"):
+        R.select_layers("best", 12, 5)
+
+
+# ------------------------------------------------------------------------------------------- losses against numpy
+
+def test_kd_loss_against_numpy():
+    """Catches T^2 left out, T after the softmax, the mean over classes, student and teacher swapped."""
+    s, t, temperature = np.random.RandomState(0).randn(2, 5, 3).tolist() + [3.0]
+    p, q = (np.exp(np.array(x) / temperature) for x in (t, s))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    expected = temperature ** 2 * (p * np.log(p / q)).sum() / 5
+    assert np.isclose(R.kd_loss(torch.tensor(s), torch.tensor(t), temperature), expected, atol=1e-6)
+    assert np.isclose(R.kd_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [0.0]]), temperature), (9 + 4) / 2)
+
+
+def test_kd_loss_pulls_the_student_alone():
+    s, t = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    R.kd_loss(s, t, 2.0).backward()
+    assert s.grad.abs().sum() > 0 and t.grad is None
+    assert R.kd_loss(s.bfloat16(), t.bfloat16(), 2.0).dtype == torch.float32
+    for bad in [(s, t[:, :2], 2.0), (s, t, 0.0), (s[0], t[0], 2.0)]:
+        with pytest.raises(ValueError):
+            R.kd_loss(*bad)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layerwise_is_equation_2(shared, bias):
+    """Catches a missing normalise, the mean over slots or widths, alpha ignored, slots mixed up."""
+    alpha = [0.5, 1.0, 2.0]
+    distance = R.LayerwiseDistance(D_S, D_T, M, proj_dim=8, shared=shared, bias=bias, alpha=alpha, start="random")
+    s, t = pooled()
+    maps_s, maps_t = ([x] * M if shared else x for x in (distance.proj_s, distance.proj_t))
+    expected = 0.0
+    for b in range(B):
+        for i in range(M):
+            z_s, z_t = (to_numpy(maps[i], x[b, i].double().numpy()) for maps, x in ((maps_s, s), (maps_t, t)))
+            expected += alpha[i] * sum((z_t / np.linalg.norm(z_t) - z_s / np.linalg.norm(z_s)) ** 2) / B
+    assert np.isclose(distance(s, t).item(), expected, atol=1e-5)
+
+
+def test_concat_is_equation_3():
+    """Catches normalising each slot, concatenating over the batch, a sum of m terms."""
+    distance = R.ConcatDistance(D_S, D_T, M, proj_dim=8, start="random")
+    s, t = pooled()
+    z_s, z_t = (unit(to_numpy(linear, x.reshape(B, -1).double().numpy()))
+                for linear, x in ((distance.proj_s, s), (distance.proj_t, t)))
+    assert np.isclose(distance(s, t).item(), ((z_s - z_t) ** 2).sum() / B, atol=1e-5)
+
+
+@pytest.mark.parametrize("d_s", [D_S, D_T])
+def test_direct_is_pkd(d_s):
+    """Catches the author code's element mean, a map where the widths are equal."""
+    distance = R.DirectDistance(d_s, D_T, M, start="random")
+    s, t = pooled(d_s=d_s)
+    z = s.double().numpy()
+    if d_s == D_T:
+        assert distance.proj_s is None and not [*distance.parameters()]
+    else:
+        z = np.stack([to_numpy(distance.proj_s[i], z[:, i]) for i in range(M)], 1)
+    assert np.isclose(distance(s, t).item(), ((unit(z) - unit(t.double().numpy())) ** 2).sum() / B, atol=1e-5)
+
+
+def test_group_is_ckd():
+    """Catches groups that are not contiguous or whose sizes differ by more than one."""
+    distance = R.GroupDistance(D_S, D_T, M, num_targets=8, start="random")
+    s, t = pooled(k=8)
+    expected = 0.0
+    for i, layers in enumerate(np.array_split(np.arange(8), M)):
+        target = unit(np.concatenate([t[:, layer].double().numpy() for layer in layers], -1))
+        expected += ((unit(to_numpy(distance.proj_s[i], s[:, i].double().numpy())) - target) ** 2).sum() / B
+    assert np.isclose(distance(s, t).item(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("d_s", [D_S, D_T])
+def test_attention_is_alp_kd(d_s):
+    """Catches a softmax over slots instead of teacher layers, scaled products, normalised vectors."""
+    distance = R.AttentionDistance(d_s, D_T, M, num_targets=6, start="random")
+    s, t = pooled(k=6, d_s=d_s)
+    z, t64 = s.double().numpy(), t.double().numpy()
+    if d_s != D_T:
+        z = np.stack([to_numpy(distance.proj_s[i], z[:, i]) for i in range(M)], 1)
+    total, weights = 0.0, np.zeros((B, M, 6))
+    for b, i in itertools.product(range(B), range(M)):
+        e = np.exp([z[b, i] @ t64[b, k] for k in range(6)])
+        weights[b, i] = e / e.sum()
+        total += ((z[b, i] - sum(weights[b, i, k] * t64[b, k] for k in range(6))) ** 2).sum()
+    assert np.isclose(distance(s, t).item(), total / (B * M * D_T), rtol=1e-4)
+    assert np.allclose(distance.weights, weights, atol=1e-4)
+
+
+def contrastive(rows=12, **options):
+    torch.manual_seed(0)
+    return R.ContrastiveDistance(D_S, D_T, M, rows, proj_dim=8, start="random", **options)
+
+
+def test_contrastive_is_info_nce():
+    """Catches a wrong anchor, no temperature, the positive missing below the line, the student's bank not used."""
+    distance = contrastive(num_negatives=5).eval()
+    distance.bank_labels[7] = 1                          # the one row of another label: all five negatives are it
+    s, t = pooled()
+    z_s, z_t = (unit(to_numpy(linear, x.reshape(B, -1).double().numpy()))
+                for linear, x in ((distance.proj_s, s), (distance.proj_t, t)))
+    positive, negative = (z_s * z_t).sum(1) / 0.07, z_t @ distance.bank[7].double().numpy() / 0.07
+    expected = -np.mean(positive - np.log(np.exp(positive) + 5 * np.exp(negative)))
+    loss = distance(s, t, index=torch.arange(B), labels=torch.zeros(B, dtype=torch.long))
+    assert np.isclose(loss.item(), expected, atol=1e-4)
+
+
+def test_contrastive_draws_the_right_negatives(monkeypatch):
+    """Catches negatives of the own label, the own row, unseen rows; labels registered after the draw."""
+    distance, seen = contrastive(), []
+    multinomial = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, replacement: seen.append(p.clone()) or multinomial(p, n, replacement))
+    s, t = pooled()
+    index, labels = torch.tensor([3, 1, 4, 0, 5, 9]), torch.tensor([0, 1, 0, 1, 2, 2])
+    distance(s, t, index=index, labels=labels)
+    for b in range(B):                                   # the first batch: its own labels are known at once
+        assert {*seen[-1][b].nonzero()[:, 0].tolist()} == {index[i].item() for i in range(B) if labels[i] != labels[b]}
+    for same in (torch.zeros(B, dtype=torch.long), torch.rand(B), None):     # one label, regression, no labels
+        fresh = contrastive()
+        fresh(s, t, index=index, labels=same)
+        assert all({*seen[-1][b].nonzero()[:, 0].tolist()} == {*range(12)} - {index[b].item()} for b in range(B))
+    with pytest.raises(ValueError, match="index"):
+        distance(s, t)
+
+
+def test_memory_bank_is_updated_in_training_alone():
+    """Catches an update in eval mode, one without momentum or without normalising, one of the wrong rows."""
+    distance = contrastive()
+    s, t = pooled()
+    index, before = torch.tensor([3, 1, 4, 0, 5, 9]), distance.bank.clone()
+    distance.eval()(s, t, index=index, labels=torch.ones(B, dtype=torch.long))
+    assert torch.equal(distance.bank, before) and (distance.bank_labels == -1).all()
+    distance.train()(s, t, index=index, labels=torch.ones(B, dtype=torch.long))
+    z = unit(to_numpy(distance.proj_s, s.reshape(B, -1).double().numpy()))
+    assert np.allclose(distance.bank[index], unit(0.5 * before[index].numpy() + 0.5 * z), atol=1e-5)
+    others = [row for row in range(12) if row not in index]
+    assert torch.equal(distance.bank[others], before[others]) and (distance.bank_labels[others] == -1).all()
+
+
+@pytest.mark.parametrize("make, top", [(lambda: R.LayerwiseDistance(D_T, D_T, M, shared=False), 4 * M),
+                                       (lambda: R.ConcatDistance(D_T, D_T, M), 4), (lambda: R.DirectDistance(D_T, D_T, M), 4 * M)])
+def test_range(make, top):
+    """Equal vectors give 0, opposite ones the top of the documented range; scale does not matter."""
+    torch.manual_seed(0)
+    distance = make()
+    distance.start, distance._ready = "random", True
+    if distance.proj_t is not None:
+        distance.proj_s.load_state_dict(distance.proj_t.state_dict())
+        for name, p in distance.named_parameters():
+            p.data.mul_("bias" not in name)
+    _, t = pooled()
+    assert distance(3 * t, t).item() == pytest.approx(0, abs=1e-5)
+    assert distance(-3 * t, t).item() == pytest.approx(top, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the ridge start
+
+def numpy_ridge(x, y):
+    x0, y0 = x - x.mean(0), y - y.mean(0)
+    weight = np.linalg.solve(x0.T @ x0 + 0.1 * np.trace(x0.T @ x0) / x.shape[1] * np.eye(x.shape[1]), x0.T @ y0).T
+    return weight, y.mean(0) - weight @ x.mean(0)
+
+
+def test_chances_are_those_of_the_draw():
+    """Catches an off-by-one in the hypergeometric formula: compared with counting all subsets."""
+    loss = R.IntermediateLoss("rail-l", M + 1, N, D_S, D_T)
+    subsets, counts = [*itertools.combinations(range(1, N), M)], np.zeros((M, N - 1))
+    for subset in subsets:
+        for i, layer in enumerate(subset):
+            counts[i, layer - 1] += 1 / len(subsets)
+    assert np.allclose(loss.chances(), counts, atol=1e-6)
+    assert R.IntermediateLoss("pkd-skip", 6, 12, 4, 4).chances().argmax(1).tolist() == [1, 3, 5, 7, 9]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ridge_start_against_numpy(shared):
+    """Catches uncentred features, a penalty that depends on their scale, targets that are not normalised."""
+    loss = R.IntermediateLoss("rail-l", M + 1, N, D_S, D_T, shared=shared, proj_dim=8)
+    hidden_s = tuple(torch.randn(40, 5, D_S) for _ in range(M + 2))
+    hidden_t = tuple(torch.randn(40, 4, D_T) for _ in range(N + 1))
+    mask_s, mask_t = torch.ones(40, 5), torch.ones(40, 4)
+    mask_s[:20, 3:] = 0
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    loss.fit([(tuple(h[:25] for h in hidden_s), mask_s[:25], tuple(h[:25] for h in hidden_t), mask_t[:25]),
+              (tuple(h[25:] for h in hidden_s), mask_s[25:], tuple(h[25:] for h in hidden_t), mask_t[25:])])
+    assert torch.equal(torch.get_rng_state(), state)
+    x = [R.mean_pool(hidden_s[i], mask_s).double().numpy() for i in range(1, M + 1)]
+    h = [R.mean_pool(hidden_t[i], mask_t).double().numpy() for i in range(1, N)]
+    maps_t, chances = loss.distance.proj_t, loss.chances().double().numpy()
+    y = [sum(chances[i, j] * unit(to_numpy(maps_t if shared else maps_t[i], h[j])) for j in range(N - 1))
+         for i in range(M)]
+    pairs = [(loss.distance.proj_s, np.concatenate(x), np.concatenate(y))] if shared else \
+        zip(loss.distance.proj_s, x, y)
+    for linear, x_i, y_i in pairs:
+        weight, bias = numpy_ridge(x_i, y_i)
+        assert np.allclose(linear.weight.detach(), weight, atol=1e-5)
+        assert np.allclose(linear.bias.detach(), bias, atol=1e-5)
+
+
+def test_ridge_start_of_the_others():
+    """Fixed layers: the target is the unit vector itself; groups and concatenations are fitted as such."""
+    s, t = pooled(k=M, batch=30)
+    direct, concat = R.DirectDistance(D_S, D_T, M), R.ConcatDistance(D_S, D_T, M, proj_dim=8)
+    group = R.GroupDistance(D_S, D_T, M, num_targets=5)
+    t5 = torch.randn(30, 5, D_T)
+    for distance, target in ((direct, t), (concat, t), (group, t5)):
+        distance.fit(s, target)
+        distance(s, target)
+    s, t, t5 = (x.double().numpy() for x in (s, t, t5))
+    expected = [(direct.proj_s[1], s[:, 1], unit(t[:, 1])), (group.proj_s[0], s[:, 0], unit(t5[:, :2].reshape(30, -1))),
+                (concat.proj_s, s.reshape(30, -1), unit(to_numpy(concat.proj_t, t.reshape(30, -1))))]
+    for linear, x, y in expected:
+        weight, bias = numpy_ridge(x, y)
+        assert np.allclose(linear.weight.detach(), weight, atol=1e-5) and np.allclose(linear.bias.detach(), bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", R.DISTANCES)
+def test_ridge_must_be_fitted_and_random_must_not(name):
+    """Catches a silent start from random maps; the flag travels in the state dict."""
+    options = {"num_examples": 40} if name == "contrastive" else {}
+    s, t = pooled(batch=40)
+    more = {"index": torch.arange(40), "labels": torch.zeros(40, dtype=torch.long)}
+    distance = R.DISTANCES[name](D_S, D_T, M, **options)
+    with pytest.raises(RuntimeError, match="fit"):
+        distance(s, t, **more)
+    loose = R.DISTANCES[name](D_S, D_T, M, start="random", **options)
+    assert loose(s, t, **more).dtype == torch.float32
+    before = loose(s, t, **more).item()
+    distance.proj_s.load_state_dict(loose.proj_s.state_dict())
+    distance.fit(s, t)
+    assert name in ("contrastive", "attention") or distance(s, t, **more).item() < 0.8 * before
+    copy = R.DISTANCES[name](D_S, D_T, M, **options)
+    copy.load_state_dict(distance.state_dict())
+    assert copy.fitted and torch.isfinite(copy(s, t, **more))
+    for bad in ({"start": "ridgid"}, {"teacher_proj": "thawed"}):
+        with pytest.raises(ValueError):
+            R.DISTANCES[name](D_S, D_T, M, **options, **bad)
+
+
+def test_fit_can_be_without_bias():
+    s, t = pooled(batch=30)
+    distance = R.LayerwiseDistance(D_S, D_T, M, bias=False, shared=False)
+    distance.fit(s, t)
+    x, y = s[:, 0].double().numpy(), unit(to_numpy(distance.proj_t[0], t[:, 0].double().numpy()))
+    weight = np.linalg.solve(x.T @ x + 0.1 * np.trace(x.T @ x) / D_S * np.eye(D_S), x.T @ y).T
+    assert np.allclose(distance.proj_s[0].weight.detach(), weight, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- the loss object on models
+
+def tiny(kind, layers, width, **more):
+    """A tiny random model of the kind: (model, vocabulary size)."""
+    import transformers as T
+    common = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * width)
+    config = {
+        "bert": lambda: T.BertConfig(vocab_size=60, **common), "mpnet": lambda: T.MPNetConfig(vocab_size=60, **common),
+        "roberta": lambda: T.RobertaConfig(vocab_size=60, **common),
+        "distilbert": lambda: T.DistilBertConfig(vocab_size=60, dim=width, n_layers=layers, n_heads=2, hidden_dim=2 * width),
+        "gpt2": lambda: T.GPT2Config(vocab_size=60, n_embd=width, n_layer=layers, n_head=2, bos_token_id=0, eos_token_id=0),
+        "vit": lambda: T.ViTConfig(image_size=16, patch_size=4, num_channels=1, **common)}[kind]()
+    torch.manual_seed(layers)
+    return T.AutoModel.from_config(config).eval()
+
+
+def states(model, length, batch=4, pad=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 60, (batch, length + pad), generator=g)
+    mask = torch.ones(batch, length + pad, dtype=torch.long)
+    if pad:
+        ids[:, length:], mask[:, length:] = 1, 0
+    if model.config.model_type == "vit":
+        return model(torch.randn(batch, 1, 16, 16, generator=g), output_hidden_states=True).hidden_states, None
+    return model(ids, attention_mask=mask, output_hidden_states=True).hidden_states, mask
+
+
+@pytest.mark.parametrize("kind_t, kind_s", [("bert", "distilbert"), ("roberta", "bert"), ("mpnet", "roberta"),
+                                            ("gpt2", "gpt2"), ("vit", "vit")])
+def test_loss_works_on_every_architecture(kind_t, kind_s):
+    teacher, student = tiny(kind_t, 6, 16), tiny(kind_s, 4, 12)
+    loss = R.IntermediateLoss("rail-c", 4, 6, 12, 16, proj_dim=8)
+    batch = (*states(student, 5), *states(teacher, 7))
+    with pytest.raises(RuntimeError, match="set_epoch"):
+        loss(*batch)
+    loss.fit([batch])
+    loss.set_epoch(1)
+    value = loss(*batch)
+    assert value.ndim == 0 and 0 < value < 4
+    value.backward()
+    assert student.get_input_embeddings() is None or any(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize("method", [m for m in R.METHODS if R.METHODS[m][1]])
+@pytest.mark.parametrize("widths", [(12, 16), (16, 16)])
+def test_gradients_reach_all_they_should(method, widths):
+    """Catches a detached student, a teacher that learns, a projection in a plain list or left out."""
+    torch.manual_seed(0)
+    options = {"num_examples": 8} if method == "codir" else {}
+    loss = R.IntermediateLoss(method, 4, 6, *widths, **options)
+    assert loss.layers_s == [1, 2, 3]
+    hidden_s = tuple(torch.randn(4, 5, widths[0], requires_grad=True) for _ in range(5))
+    hidden_t = tuple(torch.randn(4, 7, widths[1], requires_grad=True) for _ in range(7))
+    batch = (hidden_s, torch.ones(4, 5), hidden_t, torch.ones(4, 7))
+    loss.fit([batch])
+    loss.set_epoch(1)
+    loss(*batch, index=torch.arange(4), labels=torch.tensor([0, 1, 0, 1])).backward()
+    assert [h.grad is not None and bool(h.grad.abs().sum() > 0) for h in hidden_s] == [False, True, True, True, False]
+    assert all(h.grad is None for h in hidden_t)
+    for name, p in loss.named_parameters():
+        frozen = "proj_t" in name and method != "codir"
+        assert p.requires_grad != frozen and (frozen or p.grad.abs().sum() > 0), name
+    trained = R.IntermediateLoss("rail-l", 4, 6, *widths, teacher_proj="trained", start="random")
+    trained.set_epoch(1)
+    trained(*batch).backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained.parameters())
+
+
+@pytest.mark.parametrize("method", ["rail-l", "rail-c", "pkd-skip", "alp-kd", "ckd"])
+def test_the_whole_loss_does_not_see_padding(method):
+    """Catches a vector that depends on its batch mates."""
+    teacher, student = tiny("bert", 6, 16), tiny("roberta", 4, 12)
+    loss = R.IntermediateLoss(method, 4, 6, 12, 16, start="random")
+    loss.set_epoch(2)
+    plain = loss(*states(student, 5), *states(teacher, 7))
+    ids = torch.randint(5, 60, (4, 5), generator=torch.Generator().manual_seed(0))
+    padded_s = student(torch.cat([ids, torch.ones(4, 3).long()], 1), attention_mask=torch.tensor([[1] * 5 + [0] * 3] * 4),
+                       output_hidden_states=True).hidden_states
+    assert torch.allclose(plain, loss(padded_s, torch.tensor([[1] * 5 + [0] * 3] * 4), *states(teacher, 7)), atol=1e-5)
+
+
+def test_pairing_is_what_is_computed():
+    """Catches an off-by-one layer on either side: only the drawn teacher layers matter, each against its slot."""
+    loss = R.IntermediateLoss("rail-l", 4, 9, 12, 12, start="random", seed=7)
+    loss.set_epoch(3)
+    assert loss.layers_t == R.sample_layers(9, 3, 7, 3)
+    hidden_s, hidden_t = ([torch.randn(4, 5, 12) for _ in range(n + 1)] for n in (4, 9))
+    mask = torch.ones(4, 5)
+    before = loss(hidden_s, mask, hidden_t, mask)
+    for layer in range(10):
+        changed = [*hidden_t]
+        changed[layer] = torch.randn(4, 5, 12)
+        assert (loss(hidden_s, mask, changed, mask) != before) == (layer in loss.layers_t)
+    vectors = [torch.stack([R.mean_pool(h[i], mask) for i in layers], 1)
+               for h, layers in ((hidden_s, loss.layers_s), (hidden_t, loss.layers_t))]
+    assert torch.equal(loss.distance(*vectors), before)
+    with pytest.raises(ValueError, match=r"\[0\] is the embedding output"):
+        loss(hidden_s[1:], mask, hidden_t, mask)
+    with pytest.raises(ValueError, match=r"\[0\] is the embedding output"):
+        loss(hidden_s, mask, hidden_t[:-1], mask)
+    with pytest.raises(ValueError):
+        loss([h[..., :5] for h in hidden_s], mask, hidden_t, mask)
+
+
+def test_values_stay_in_32_bits_under_autocast():
+    """Catches F.normalize of 16-bit values."""
+    s, t = pooled()
+    for name in ("layerwise", "concat", "direct", "group", "attention"):
+        distance = R.DISTANCES[name](D_S, D_T, M, start="random")
+        expected = distance(s, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(distance(s, t), expected)
+            assert distance(s.bfloat16(), t.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("select, distance", [*itertools.product(R.SELECTIONS, R.DISTANCES)])
+def test_any_selection_goes_with_any_distance(select, distance):
+    """Catches a method known by name; layerwise and direct need one layer for each slot and say so."""
+    options = {"num_examples": 8} if distance == "contrastive" else {}
+    make = lambda: R.IntermediateLoss("kd", 4, 9, 12, 16, select=select, distance=distance, start="random", **options)
+    if select == "all" and distance in ("layerwise", "direct"):
+        with pytest.raises(ValueError, match="slots"):
+            make()
+        return
+    loss = make()
+    loss.set_epoch(0)
+    hidden_s, hidden_t = ([torch.randn(4, 5, d) for _ in range(n + 1)] for n, d in ((4, 12), (9, 16)))
+    assert torch.isfinite(loss(hidden_s, None, hidden_t, None, index=torch.arange(4)))
+
+
+def test_names_are_checked():
+    for bad in (("rail", {}), ("none", {}), ("kd", {"select": "random"}), ("rail-c", {"distance": "far"})):
+        with pytest.raises(ValueError):
+            R.IntermediateLoss(bad[0], 4, 9, 12, 16, **bad[1])
+    with pytest.raises(ValueError, match="cannot draw"):
+        R.IntermediateLoss("rail-c", 6, 5, 12, 16)       # a student deeper than its teacher
+
+
+def test_collapse_is_seen():
+    """Catches a spread that does not fall, a cosine that counts an example against itself."""
+    alike, apart = torch.ones(50, 8) + 1e-3 * torch.randn(50, 8), torch.randn(50, 8)
+    assert R.spread(alike) < 0.01 and R.spread(apart) > 0.9
+    u = unit(apart.double().numpy())
+    expected = np.mean([u[i] @ u[j] for i in range(50) for j in range(50) if i != j])
+    assert R.mean_cosine(apart[:, None]) == pytest.approx(expected, abs=1e-6)
+    assert R.spread(apart) == pytest.approx(math.sqrt(1 - np.linalg.norm(u.mean(0)) ** 2), abs=1e-6)
+    assert R.mean_cosine(apart[:1, None]) is None
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+def write_table(path, rows):
+    import pandas
+    table = pandas.DataFrame(rows)
+    {".csv": lambda: table.to_csv(path, index=False), ".tsv": lambda: table.to_csv(path, sep="\t", index=False),
+     ".jsonl": lambda: table.to_json(path, orient="records", lines=True),
+     ".json": lambda: table.to_json(path, orient="records", lines=True),
+     ".parquet": lambda: table.to_parquet(path)}[path.suffix]()
+    return str(path)
+
+
+def rows_of(size, labels=("bad", "good"), seed=0):
+    table = R.toy_data(seed, size)
+    return {"text": table["text"], "label": [labels[label == "good"] for label in table["label"]]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Untrained checkpoints for the toy language: a teacher of 4 blocks x 16, a student of 3 x 12, as on the hub."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+    folder = tmp_path_factory.mktemp("models")
+    teacher = Path(R.toy_model(folder / "teacher", 4, 16))
+    words = (teacher / "vocab.txt").read_text().split("\n")
+    reverse = words[:5] + words[:4:-1]                   # another tokenizer: the same words, other ids
+    torch.manual_seed(0)
+    DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(words), dim=12, n_layers=3, n_heads=2, hidden_dim=24)
+                          ).save_pretrained(folder / "student")
+    (folder / "student" / "vocab.txt").write_text("\n".join(reverse))
+    return ["--teacher", str(teacher), "--student", str(folder / "student"), "--device", "cpu"]
+
+
+def command(tmp_path, models, *more):
+    files = ["--train-file", write_table(tmp_path / "train.csv", rows_of(120)), "--validation-file",
+             write_table(tmp_path / "dev.csv", rows_of(50, seed=1))]
+    return [*files, *models, "--output-dir", str(tmp_path / "runs"), "--epochs", "2", "--teacher-epochs", "1", *more]
+
+
+@pytest.mark.parametrize("method", R.METHODS)
+def test_every_method_runs(tmp_path, models, method):
+    results = R.main(command(tmp_path, models, "--method", method))
+    assert {"task", "method", "seed", "metric", "best_score", "best_epoch", "last_score", "teacher_score", "config",
+            "versions", "device", "params_s", "params_t", "history"} <= {*results}
+    folder = tmp_path / "runs" / "train" / f"{method}-seed42"
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == results["history"]
+    row = results["history"][0]
+    assert {"epoch", "layers_t", "loss", "ce", "kd", "ild", "spread_s", "spread_t", "cosine_s", "seconds",
+            "examples_per_s", "metrics"} <= {*row}
+    has_kd, has_ild = method != "none", R.METHODS[method][1] is not None
+    assert (row["kd"] is not None, row["ild"] is not None) == (has_kd, has_ild)
+    weights = results["config"]["weights"]
+    assert row["loss"] == pytest.approx(sum(w * (row[x] or 0) for w, x in zip(weights, ("ce", "kd", "ild"))), rel=1e-4)
+    assert (results["teacher_score"] is None) == (method == "none")
+    if has_ild:
+        k = R.select_layers(R.METHODS[method][0], 4, 2, 42, row["epoch"])
+        assert row["layers_t"] == k and row["spread_s"] > 0
+
+
+def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
+    """A second call trains nothing; other settings are refused; the student answers through a pipeline."""
+    from transformers import pipeline
+    args = command(tmp_path, models)
+    first = R.main(args)
+    assert R.main(args) == json.loads(json.dumps(first))
+    assert first["model"] in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        R.main([*args, "--lr", "0.001"])
+    assert stop.value.code == 2 and "lr" in capsys.readouterr().err
+    again = R.main([*args, "--lr", "0.001", "--overwrite"])
+    assert again["config"]["lr"] == 0.001
+    assert len([*(tmp_path / "runs" / "train").glob("teacher-*")]) == 1     # the teacher was fine-tuned once
+    answer = pipeline("text-classification", model=again["model"])("the noun1 is word3")
+    assert answer[0]["label"] in ("bad", "good")
+
+
+def test_same_seed_same_numbers(tmp_path, models):
+    """Catches anything drawn from an unseeded generator; the teacher does not move with the seed."""
+    drop = lambda r: [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_s")} for row in r["history"]]
+    args = command(tmp_path, models)
+    one, two, other = R.main(args), R.main([*args, "--overwrite"]), R.main([*args, "--seed", "1"])
+    assert drop(one) == drop(two) and drop(one) != drop(other)
+    assert one["teacher_score"] == other["teacher_score"]
+
+
+def side_and_data(tmp_path, models, *more):
+    args = R.parse(command(tmp_path, models, *more))[1]
+    R.set_up(args)
+    data = R.load_data(args)
+    return args, data
+
+
+def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
+    """Catches a teacher in train mode, in the optimizer, or changed by a single bit."""
+    kept = {}
+    prepare, make = R.prepare_teacher, R.make_optimizer
+
+    def spy(student, data, args):
+        result = prepare(student, data, args)
+        kept["teacher"], kept["before"] = result[0].model, {k: v.clone() for k, v in result[0].model.state_dict().items()}
+        return result
+
+    def spy_optimizer(modules, args):
+        kept["modules"], kept["optimizer"] = modules, make(modules, args)
+        return kept["optimizer"]
+    monkeypatch.setattr(R, "prepare_teacher", spy)
+    monkeypatch.setattr(R, "make_optimizer", spy_optimizer)
+    R.main(command(tmp_path, models))
+    assert not kept["teacher"].training and not any(p.requires_grad for p in kept["teacher"].parameters())
+    assert all(torch.equal(v, kept["before"][k]) for k, v in kept["teacher"].state_dict().items())
+    groups = kept["optimizer"].param_groups
+    ids = [id(p) for group in groups for p in group["params"]]
+    trainable = [p for module in kept["modules"] for p in module.parameters() if p.requires_grad]
+    assert sorted(ids) == sorted({id(p) for p in trainable}) and len(kept["modules"]) == 2
+    assert not {id(p) for p in kept["teacher"].parameters()} & {*ids}
+    assert all(p.ndim >= 2 for p in groups[0]["params"]) and all(p.ndim < 2 for p in groups[1]["params"])
+    assert groups[0]["weight_decay"] > 0 == groups[1]["weight_decay"]
+    assert "proj_s.weight" in dict(kept["modules"][1].distance.named_parameters())
+
+
+def test_accumulation_equals_the_large_batch(tmp_path, models):
+    """Catches a step on the first batch, a mean of means where the last group is smaller (120 = 3 x 36 + 12)."""
+    weights = []
+    for batch, accumulation in ((36, 1), (9, 4), (12, 3)):
+        args, data = side_and_data(tmp_path, models, "--method", "none", "--batch-size", str(batch), "--amp", "off",
+                                   "--grad-accumulation", str(accumulation), "--lr", "0.01", "--epochs", "1")
+        torch.manual_seed(0)
+        student = R.Side("student", args.student, data, args)
+        for module in student.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        student.model.config.attention_dropout = student.model.config.dropout = 0.0
+        history = R.train(student, data, args, tmp_path / f"{batch}")
+        weights.append((torch.cat([p.detach().flatten() for p in student.model.parameters()]), history[0]["loss"]))
+    assert all(torch.allclose(weights[0][0], w, atol=2e-4) for w, _ in weights[1:])
+    assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-4)
+
+
+def test_batches_are_whole_and_grouped():
+    """Catches a dropped last batch, an order that never changes, batches of mixed length."""
+    lengths = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(0))
+    one, same, other = (R.batches(lengths, 16, 1, epoch) for epoch in (1, 1, 2))
+    assert sorted(torch.cat(one).tolist()) == [*range(1003)] and sorted(map(len, one)) == [11] + [16] * 62
+    assert all(torch.equal(a, b) for a, b in zip(one, same)) and not torch.equal(torch.cat(one), torch.cat(other))
+    padding = sum((lengths[rows].max() - lengths[rows]).sum() for rows in one) / lengths.sum()
+    assert padding < 0.1
+    firsts = lengths[torch.stack([rows[0] for rows in one])].float()
+    assert (firsts[1:] < firsts[:-1]).any() and (firsts[1:] > firsts[:-1]).any()
+
+
+def test_map_gives_rows_in_their_order(tmp_path, models):
+    """Catches predictions that stay sorted by length, or padding that changes them."""
+    args, data = side_and_data(tmp_path, models, "--amp", "off")
+    student = R.Side("student", args.student, data, args)
+    rows = torch.tensor([7, 3, 40, 11])
+    together = student.map("validation", rows)
+    for i, row in enumerate(rows):
+        assert torch.allclose(together[i], student.map("validation", row[None])[0], atol=1e-5)
+    assert torch.allclose(student.map("validation")[rows], together, atol=1e-5)
+
+
+@pytest.mark.parametrize("task, expected", [
+    ("cola", {"matthews": 0.3333}), ("mrpc", {"f1": 0.6667, "accuracy": 0.6667}), ("sst2", {"accuracy": 0.6667})])
+def test_metrics_of_classification(task, expected):
+    """By hand: labels 1 1 1 0 0 0, predictions 1 1 0 0 0 1."""
+    labels, guess = torch.tensor([1, 1, 1, 0, 0, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
+    logits = torch.nn.functional.one_hot(guess).float()
+    assert {name: round(R.measure(name, logits, labels), 4) for name in R.TASKS[task]} == expected
+
+
+def test_metrics_of_regression():
+    labels, guess = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([[0.0], [2.0], [1.0], [9.0]])
+    x, y = guess[:, 0].double().numpy(), labels.double().numpy()
+    pearson = ((x - x.mean()) * (y - y.mean())).sum() / math.sqrt(((x - x.mean()) ** 2).sum() * ((y - y.mean()) ** 2).sum())
+    assert R.measure("pearson", guess, labels) == pytest.approx(pearson, abs=1e-6)
+    assert R.measure("spearman", guess, labels) == pytest.approx(0.8, abs=1e-6)        # 1 - 6 * 2 / (4 * 15)
+    assert R.measure("pearson", torch.ones(4, 1), labels) == 0.0
+    assert [R.TASKS[task][0] for task in ("stsb", "qnli", "rte", "wnli", "mnli", "qqp")] == [
+        "pearson", "accuracy", "accuracy", "accuracy", "accuracy", "f1"]
+
+
+@pytest.mark.parametrize("suffix, labels", [(".csv", ("schlecht, sehr", "gut")), (".tsv", (0, 1)), (".jsonl", ("0", "1")),
+                                            (".json", ("no", "yes")), (".parquet", (3, 5))])
+def test_own_files(tmp_path, models, suffix, labels):
+    """Label names end in the student's config, in their own order, whatever the file is."""
+    from transformers import AutoConfig
+    files = ["--train-file", write_table(tmp_path / f"train{suffix}", rows_of(60, labels)),
+             "--validation-file", write_table(tmp_path / f"dev{suffix}", rows_of(30, labels, 1))]
+    results = R.main([*files, *models, "--method", "none", "--epochs", "1", "--output-dir", str(tmp_path / "runs"),
+                      "--task", "mine"])
+    config = AutoConfig.from_pretrained(results["model"])
+    assert config.id2label == dict(enumerate(map(str, sorted(labels)))) and results["task"] == "mine"
+
+
+def test_own_regression_with_two_text_columns(tmp_path, models):
+    rng = random.Random(0)
+    rows = lambda n: {"first": R.toy_data(0, n)["text"], "second": R.toy_data(1, n)["text"],
+                      "label": [round(rng.random() * 5, 3) for _ in range(n)]}
+    files = ["--train-file", write_table(tmp_path / "a.csv", rows(60)), "--validation-file",
+             write_table(tmp_path / "b.csv", rows(30))]
+    results = R.main([*files, *models, "--epochs", "1", "--teacher-epochs", "1", "--output-dir", str(tmp_path / "runs")])
+    assert results["metric"] == "pearson" and {*results["history"][0]["metrics"]} == {"pearson", "spearman"}
+    assert "num_labels" not in results and results["history"][0]["kd"] >= 0
+
+
+def make_glue(root, task="mnli", names=("entailment", "neutral", "contradiction"), splits=None, size=60):
+    """A local clone in the hub's layout; the labels follow from the first word of the text."""
+    from datasets import ClassLabel, Dataset, Features, Value
+    features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=list(names)),
+                         "idx": Value("int32")})
+    for i, split in enumerate(splits or ("train", "validation_matched", "validation_mismatched")):
+        label = [(j + i) % len(names) for j in range(size)]
+        Dataset.from_dict({"premise": [f"word{10 * x} is word{x}" for x in label], "hypothesis": ["the noun1"] * size,
+                           "label": label, "idx": [*range(size)]}, features=features).to_parquet(
+            root / "nyu-mll" / "glue" / task / f"{split}-00000-of-00001.parquet")
+    return str(root)
+
+
+def test_mnli_keeps_its_dev_sets_apart(tmp_path, models):
+    for splits in (None, ("train", "validation_matched")):
+        root = tmp_path / str(splits)
+        results = R.main(["--task", "mnli", "--data-root", make_glue(root, splits=splits), *models, "--method", "none",
+                          "--epochs", "1", "--output-dir", str(root / "runs")])
+        expected = {"accuracy", "accuracy_mismatched"} if splits is None else {"accuracy"}
+        assert {*results["history"][0]["metrics"]} == expected and results["metric"] == "accuracy"
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(["entailment", "neutral", "contradiction"])])
+def test_label_order_is_found(order):
+    """Catches the inverse permutation, which swaps cannot tell; --teacher-labels then gives the task's order."""
+    glue, rng = ["entailment", "neutral", "contradiction"], np.random.RandomState(0)
+    labels = torch.tensor(rng.randint(0, 3, 300))
+    answers = torch.tensor([order.index(glue[x]) if rng.rand() < 0.9 else rng.randint(3) for x in labels])
+    side = Namespace(order=[0, 1, 2])
+    if list(order) == glue:
+        assert R.check_order(side, answers, labels, glue) is None
+        return
+    with pytest.raises(R.UserError, match=f"--teacher-labels {','.join(order)}$"):
+        R.check_order(side, answers, labels, glue)
+    side.order = [order.index(name) for name in glue]    # what --teacher-labels sets: logits[:, order]
+    logits = torch.nn.functional.one_hot(answers, 3)[:, side.order]
+    assert R.check_order(side, logits.argmax(1), labels, glue) is None
+
+
+def test_teacher_with_its_labels_in_another_order_is_refused(tmp_path, models, capsys):
+    """Catches distilling against the labels; the whole way, with a teacher whose head answers the other way round."""
+    from transformers import AutoModelForSequenceClassification
+    root = make_glue(tmp_path / "hub", "sst2", ("negative", "positive"), ("train", "validation"), size=90)
+    common = ["--task", "sst2", "--data-root", root, "--device", "cpu"]
+    made = R.main([*common, "--student", models[1], "--teacher", models[1], "--method", "none", "--epochs", "12", "--lr",
+                   "0.01", "--output-dir", str(tmp_path / "t")])
+    assert made["best_score"] > 0.9
+    teacher = AutoModelForSequenceClassification.from_pretrained(made["model"])
+    head = teacher.classifier
+    head.weight.data, head.bias.data = head.weight.data.flip(0), head.bias.data.flip(0)
+    teacher.config.id2label = {i: f"LABEL_{i}" for i in range(2)}
+    teacher.save_pretrained(made["model"])
+    args = [*common, "--teacher", made["model"], *models[2:4], "--epochs", "1", "--output-dir", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as stop:
+        R.main(args)
+    assert stop.value.code == 2 and "--teacher-labels positive,negative" in capsys.readouterr().err
+    results = R.main([*args, "--teacher-labels", "positive,negative"])
+    assert results["teacher_score"] == made["best_score"]
+    mnli = ["--task", "mnli", "--data-root", make_glue(tmp_path / "hub"), *args[4:]]
+    with pytest.raises(SystemExit) as stop:              # two labels are not three
+        R.main(mnli)
+    assert stop.value.code == 2 and "knows 2 labels, the task has 3" in capsys.readouterr().err
+
+
+def test_subset_of_the_training_data_does_not_depend_on_the_seed(tmp_path, models):
+    texts = [side_and_data(tmp_path, models, "--max-train-examples", "20", "--seed", seed)[1].texts["train"][0]
+             for seed in ("1", "2")]
+    assert texts[0] == texts[1] and len(texts[0]) == 20 and texts[0] != rows_of(120)["text"][:20]
+
+
+def test_warning_where_the_teacher_knows_nothing(tmp_path, models, capsys):
+    R.main(command(tmp_path, models, "--teacher-lr", "0", "--epochs", "1"))
+    assert "WARNING: the teacher is no better" in capsys.readouterr().out
+
+
+def test_warning_where_the_student_collapses(tmp_path, models, capsys, monkeypatch):
+    values = iter([0.5, 0.96, 0.94])
+    monkeypatch.setattr(R, "mean_cosine", lambda pooled: next(values))
+    R.main(command(tmp_path, models, "--method", "none"))
+    assert capsys.readouterr().out.count("WARNING: the student collapses") == 1
+
+
+def test_early_stopping_keeps_the_best(tmp_path, models, monkeypatch):
+    """Catches the last model kept for the best, patience off by one."""
+    scores, saved = iter([0.1, 0.5, 0.5, 0.4, 0.3, 0.9, 0.9]), []
+    monkeypatch.setattr(R, "evaluate", lambda side, data: ({"accuracy": next(scores)}, 1.0))
+    monkeypatch.setattr(R, "save", lambda side, folder: saved.append(folder))
+    results = R.main(command(tmp_path, models, "--method", "none", "--epochs", "9", "--patience", "3"))
+    assert (results["best_epoch"], results["best_score"], results["last_score"]) == (2, 0.5, 0.3) and len(saved) == 2
+
+
+def test_report(tmp_path, capsys):
+    """Mean and sample deviation over seeds, an average only where every task is there."""
+    for task, method, seed, score in (("rte", "kd", 1, 0.5), ("rte", "kd", 2, 0.6), ("cola", "kd", 1, 0.3), ("rte", "none", 1, 0.4)):
+        folder = tmp_path / task / f"{method}-seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({
+            "task": task, "method": method, "seed": seed, "best_score": score, "config": {"lr": 2e-5, "batch_size": 32},
+            "teacher_score": None if method == "none" else 0.7}))
+    R.main(["--report", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| kd, lr 2e-05, batch 32 | 30.0 (n=1) | 55.0 ± 7.1 (n=2) | 42.5 |" in out
+    assert "| none, lr 2e-05, batch 32 | - | 40.0 (n=1) | - |" in out and "| teacher | 70.0 (n=1) | 70.0 (n=1) | 70.0 |" in out
+
+
+MISTAKES = [
+    (["--task", "sst3"], "--task"), (["--task", "toy", "--method", "railkd"], "--method"), ([], "--task"),
+    (["--task", "toy", "--epochs", "0"], "--epochs"), (["--task", "toy", "--lr", "fast"], "--lr"),
+    (["--task", "toy", "--weights", "1,1"], "CE,KD,ILD"), (["--task", "toy", "--weights", "0,0,0"], "CE,KD,ILD"),
+    (["--task", "toy", "--method", "kd", "--weights", "1,1,1"], "--weights"), (["--train-file", "a.csv"], "--validation-file"),
+    (["--task", "toy", "--device", "tpu9"], "--device"), (["--task", "toy", "--amp", "fp16", "--device", "cpu"], "--amp"),
+    (["--report", "nowhere"], "no finished run"), (["--task", "qnli", "--data-root", "nowhere"], "--data-root"),
+    (["--train-file", "no.csv", "--validation-file", "no.csv"], "no.csv"),
+    (["--task", "toy", "--method", "pkd-skip", "--proj-dim", "9", "--epochs", "1", "--teacher-epochs", "1",
+      "--max-train-examples", "20"], "proj_dim"),
+]
+
+
+@pytest.mark.parametrize("args, message", MISTAKES, ids=[" ".join(args) or "nothing" for args, _ in MISTAKES])
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        R.main(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not [*tmp_path.rglob("results.json")]
+
+
+@pytest.mark.parametrize("train, message", [
+    ({"text": ["a"], "target": ["x"]}, "label"), ({"text": [1, 2], "label": ["x", "y"]}, "not text"),
+    ({"a": ["x"], "b": ["x"], "c": ["x"], "label": ["x"]}, "one or two"), ({"text": [], "label": []}, "no rows"),
+    ({"text": ["a", "b"], "label": ["x", "z"]}, "y")], ids=["no label", "no text", "three texts", "empty", "new label"])
+def test_mistakes_in_files(tmp_path, models, capsys, train, message):
+    dev = {"text": ["a", "b"], "label": ["x", "y"]}
+    with pytest.raises(SystemExit) as stop:
+        R.main(["--train-file", write_table(tmp_path / "train.csv", train), "--validation-file",
+                write_table(tmp_path / "dev.jsonl", dev), *models, "--output-dir", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_student_deeper_than_its_teacher_is_refused(tmp_path, models, capsys):
+    swapped = ["--teacher", models[3], "--student", models[1], *models[4:]]
+    with pytest.raises(SystemExit) as stop:
+        R.main(command(tmp_path, swapped))
+    assert stop.value.code == 2 and "the student has 4 blocks, the teacher only 3" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- as a newcomer would
+
+def python(*args, cwd=HERE, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
+
+
+def test_importing_costs_torch_alone(tmp_path):
+    """Catches an import of transformers or datasets at the top; the file works where only torch is there."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'datasets', 'sklearn', 'scipy', 'pandas', 'tqdm']))"
+    code = f"{blocked}; import railkd, torch; d = railkd.ConcatDistance(4, 6, 2, start='random'); " \
+           "print(d(torch.ones(3, 2, 4), torch.ones(3, 2, 6)).item() >= 0)"
+    done = python("-c", code)
+    assert done.stdout == "True\n" and not done.stderr
+
+
+def test_default_command_from_a_hub_cache(tmp_path):
+    """The README's `--task sst2` with the default names, out of a hub cache, HF_HUB_OFFLINE=1, quiet off a terminal."""
+    for name, layers in (("bert-base-uncased", 4), ("distilbert-base-uncased", 3)):
+        folder = tmp_path / "hf" / "hub" / f"models--{name}"
+        R.toy_model(folder / "snapshots" / "abc", layers, 16)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("abc")
+    root = make_glue(tmp_path / "data", "sst2", ("negative", "positive"), ("train", "validation"))
+    done = python(str(HERE / "railkd.py"), "--task", "sst2", "--data-root", root, "--epochs", "1", "--teacher-epochs", "1",
+                  cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    results = json.loads((tmp_path / "runs" / "sst2" / "rail-c-seed42" / "results.json").read_text())
+    assert results["config"]["teacher"] == "bert-base-uncased" and results["best_score"] >= 0
+
+
+def test_no_hub_is_one_line(tmp_path):
+    """Catches minutes of retries, or a traceback, where the hub cannot be reached."""
+    done = python(str(HERE / "railkd.py"), "--task", "sst2", cwd=tmp_path, HF_HOME=str(tmp_path),
+                  HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--task toy" in done.stderr, done.stderr
+
+
+def test_toy_end_to_end(tmp_path):
+    """The first command of the README, shrunken, from the shell."""
+    done = python(str(HERE / "railkd.py"), "--task", "toy", "--max-train-examples", "200", "--epochs", "1",
+                  "--teacher-epochs", "1", "--output-dir", str(tmp_path))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "student  accuracy" in done.stdout and (tmp_path / "toy" / "rail-c-seed42" / "model" / "config.json").exists()
+
+
+README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+
+
+@pytest.mark.parametrize("number, block", [*enumerate(re.findall(r"```python\n(.*?)```", README, re.S))])
+def test_readme_code_runs(number, block, tmp_path, monkeypatch):
+    if "Trainer" in block:
+        pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, f"README.md, block {number}", "exec"), {"__name__": "readme"})
+
+
+def test_readme_and_help_name_what_there_is():
+    """Catches a flag without help or source, a method that the README forgets."""
+    actions = R.parse(["--task", "toy"])[0]._actions
+    assert all(action.help for action in actions) and all(f"`{method}`" in README for method in R.METHODS)
+    sourced = [action for action in actions if isinstance(action.default, (int, float)) and action.type]
+    assert all("paper" in a.help or "our choice" in a.help or "seed" in a.help for a in sourced)
+
+
+def test_the_file_keeps_to_its_shape():
+    lines = (HERE / "railkd.py").read_text().splitlines()
+    assert len(lines) <= 1000 and max(map(len, lines)) <= 110
+    start, end = (next(i for i, line in enumerate(lines) if line.endswith(x)) for x in ("= the method", "end of the method"))
+    assert end - start < 350
+
+
+@needs_shared
+@pytest.mark.parametrize("task", ["sst2", "cola", "mrpc", "stsb", "rte", "wnli", "mnli", "qqp"])
+def test_real_glue_is_read(task):
+    """Catches a renamed column, test labels of -1 that come in, label names that get lost."""
+    data = R.load_data(Namespace(task=task, data_root=str(SHARED), train_file=None, validation_file=None,
+                                 max_train_examples=50))
+    expected = {"sst2": ["negative", "positive"], "mnli": ["entailment", "neutral", "contradiction"], "stsb": None}
+    assert data.names == expected.get(task, data.names) and len(data.labels["train"]) == 50
+    assert len(data.texts["train"]) == (1 if task in ("sst2", "cola") else 2) and data.labels[data.dev[0]].min() >= 0
