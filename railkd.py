@@ -24,7 +24,6 @@ import random
 import shutil
 import sys
 import time
-import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
@@ -549,7 +548,7 @@ def train(student, data, args, folder, teacher=None, ild=None):
         loss, ce, kd, inter = (sums / len(labels)).tolist()         # the only wait for the device in an epoch
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
-            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr? --amp off?")
+            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr, --amp off")
         metrics, _ = evaluate(student, data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce,
                "kd": kd if teacher else None, "ild": inter if ild else None, **watch(), "seconds": seconds,
@@ -789,17 +788,13 @@ def set_up(args):
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
         except OSError as error:                                    # before the libraries are imported
-            os.environ["HF_HUB_OFFLINE"] = "0" if isinstance(error, urllib.error.HTTPError) else "1"
+            os.environ["HF_HUB_OFFLINE"] = "0" if hasattr(error, "code") else "1"       # a 404 is an answer
     import datasets
     import transformers
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 def number(kind, low, high=math.inf):
     """A type for argparse: int or float within [low, high]."""
@@ -813,13 +808,14 @@ def number(kind, low, high=math.inf):
 def triple(text):
     values = tuple(map(number(float, 0, 1e6), text.split(",")))
     if len(values) != 3 or not sum(values):
-        raise argparse.ArgumentTypeError(f"{text} is not CE,KD,ILD, three numbers that are not all 0")
+        raise argparse.ArgumentTypeError(f"{text} is not CE,KD,ILD: three numbers, not all 0")
     return values
 
 def parse(argv=None):
-    parser = Parser(prog="railkd.py", description=__doc__.split("\n\n")[0],
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, count, share, seed = parser.add_argument, number(int, 1), number(float, 0, 1), number(int, 0, 10 ** 9)
+    parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n")    # one line, no usage
+    add, count, seed, share = parser.add_argument, number(int, 1), number(int, 0), number(float, 0, 1)
     add("--task", help=f"{', '.join(TASKS)} (no download); with --train-file any other name")
     add("--method", default="rail-c", choices=METHODS, metavar="M", help=", ".join(METHODS))
     add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
@@ -845,7 +841,7 @@ def parse(argv=None):
     add("--shared-proj", action=argparse.BooleanOptionalAction, dest="shared",
         help="rail-l: one pair of maps for all slots, our choice, or one for each")
     add("--max-length", type=number(int, 4), default=128, help="tokens; our choice")
-    add("--max-train-examples", type=count, default=10 ** 9, help="a random subset, the same for every seed")
+    add("--max-train-examples", type=count, default=10 ** 9, help="random subset, whatever the seed; our choice")
     add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds")
     add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
     add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")

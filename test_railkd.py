@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -647,16 +648,17 @@ def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
 
 def test_accumulation_equals_the_large_batch(tmp_path, models):
     """Catches a step on the first batch, a mean of means where the last group is smaller (120 = 3 x 36 + 12)."""
-    weights = []
+    from transformers import AutoModelForMaskedLM
+    weights, calm = [], tmp_path / "calm"
+    shutil.copytree(models[3], calm)
+    AutoModelForMaskedLM.from_pretrained(models[3], dropout=0.0, attention_dropout=0.0,
+                                         seq_classif_dropout=0.0).save_pretrained(calm)
+    models = [*models[:3], str(calm), *models[4:]]
     for batch, accumulation in ((36, 1), (9, 4), (12, 3)):
         args, data = side_and_data(tmp_path, models, "--method", "none", "--batch-size", str(batch), "--amp", "off",
                                    "--grad-accumulation", str(accumulation), "--lr", "0.01", "--epochs", "1")
         torch.manual_seed(0)
         student = R.Side("student", args.student, data, args)
-        for module in student.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        student.model.config.attention_dropout = student.model.config.dropout = 0.0
         history = R.train(student, data, args, tmp_path / f"{batch}")
         weights.append((torch.cat([p.detach().flatten() for p in student.model.parameters()]), history[0]["loss"]))
     assert all(torch.allclose(weights[0][0], w, atol=2e-4) for w, _ in weights[1:])
@@ -860,7 +862,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, args, message):
 
 @pytest.mark.parametrize("train, message", [
     ({"text": ["a"], "target": ["x"]}, "label"), ({"text": [1, 2], "label": ["x", "y"]}, "not text"),
-    ({"a": ["x"], "b": ["x"], "c": ["x"], "label": ["x"]}, "one or two"), ({"text": [], "label": []}, "no rows"),
+    ({"a": ["x"], "b": ["x"], "c": ["x"], "label": ["x"]}, "one or two"), ({"text": [], "label": []}, "no data"),
     ({"text": ["a", "b"], "label": ["x", "z"]}, "y")], ids=["no label", "no text", "three texts", "empty", "new label"])
 def test_mistakes_in_files(tmp_path, models, capsys, train, message):
     dev = {"text": ["a", "b"], "label": ["x", "y"]}
