@@ -548,7 +548,7 @@ def train(student, data, args, folder, teacher=None, ild=None):
         loss, ce, kd, inter = (sums / len(labels)).tolist()         # the only wait for the device in an epoch
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
-            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr, --amp off")
+            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr?")
         metrics, _ = evaluate(student, data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce,
                "kd": kd if teacher else None, "ild": inter if ild else None, **watch(), "seconds": seconds,
@@ -658,7 +658,8 @@ def prepare_teacher(student, data, args):
         check_order(teacher, teacher.map(data.dev[0]).argmax(1), labels, data.names)
     always = torch.eye(len(data.names))[labels.mode().values] if data.names else torch.zeros(1)
     floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)
-    print(f"teacher  {teacher.title}; dev {metrics}; majority baseline {floor:.4f}", flush=True)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"teacher  {teacher.title}; dev {shown}; majority baseline {floor:.4f}", flush=True)
     if [*metrics.values()][0] <= floor + 0.01:
         print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this task?")
     return teacher, metrics, speed
@@ -707,7 +708,7 @@ def run(args):
     set_up(args)
     if args.task == "toy":
         args.teacher, args.student = (toy_model(Path(args.output_dir, "toy", f"untrained-{x}"), *size)
-                                      for x, size in (("teacher", (4, 64)), ("student", (3, 32))))
+                                      for x, size in (("teacher", (4, 96)), ("student", (3, 16))))
     data, teacher, ild, metrics_t, speed_t = load_data(args), None, None, None, None
     torch.manual_seed(args.seed)                                    # draws the student's head
     student = Side("student", args.student, data, args)
@@ -841,7 +842,7 @@ def parse(argv=None):
     add("--shared-proj", action=argparse.BooleanOptionalAction, dest="shared",
         help="rail-l: one pair of maps for all slots, our choice, or one for each")
     add("--max-length", type=number(int, 4), default=128, help="tokens; our choice")
-    add("--max-train-examples", type=count, default=10 ** 9, help="random subset, whatever the seed; our choice")
+    add("--max-train-examples", type=count, default=10 ** 9, help="random subset for all seeds; our choice")
     add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds")
     add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
     add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
@@ -852,7 +853,7 @@ def parse(argv=None):
     add("--overwrite", action="store_true", help="run anew where there are results")
     add("--report", metavar="DIR", help="print a table of the finished runs below DIR, train nothing")
     if "toy" in (argv or sys.argv):
-        parser.set_defaults(epochs=10, patience=10, lr=1e-3, teacher_epochs=8, teacher_lr=2e-3)
+        parser.set_defaults(epochs=8, patience=8, lr=1e-3, teacher_epochs=8, teacher_lr=1e-3)
     args = parser.parse_args(argv)
     files = [args.train_file, args.validation_file]
     if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
