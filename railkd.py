@@ -104,15 +104,17 @@ class Distance(nn.Module):
     """
 
     def __init__(self, d_s, d_t, num_slots, num_targets=None, bias=True, teacher_proj="frozen", start="ridge",
-                 alpha=1.0):
+                 alpha=None):
         super().__init__()
         if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen"):
             raise ValueError(f"no such start or teacher_proj: {start!r}, {teacher_proj!r}")
         self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
         self.bias, self.train_t, self.start = bias, teacher_proj == "trained", start
         self.proj_s = self.proj_t = None
-        alpha = torch.as_tensor(1.0 if alpha is None else alpha, dtype=torch.float32)
-        self.register_buffer("alpha", alpha.expand(num_slots).clone())
+        alpha = torch.as_tensor([1.0] * num_slots if alpha is None else alpha, dtype=torch.float32)
+        if alpha.shape != (num_slots,):
+            raise ValueError(f"alpha must hold {num_slots} weights, one for each slot: got {alpha.tolist()}")
+        self.register_buffer("alpha", alpha)
         self.register_buffer("fitted", torch.tensor(False))         # in the state dict: fit was called
         self._ready = start == "random"                             # spares a GPU a look at it in every step
 
@@ -731,7 +733,7 @@ def run(args):
         "teacher_score": metrics_t and [*metrics_t.values()][0], "teacher_metrics": metrics_t,
         "params_s": student.params, "params_t": teacher and teacher.params,
         "speed_s": evaluate(student, data)[1], "speed_t": speed_t,
-        "device": f"{args.device}, {args.dtype}", "model": str(folder / "model"),
+        "device": str(args.device), "precision": str(args.dtype), "model": str(folder / "model"),
         "versions": {x: importlib.metadata.version(x) for x in ("torch", "transformers", "datasets")},
         "config": config, "history": history}
     (folder / "results.partial").write_text(json.dumps(results, indent=1))
@@ -846,13 +848,13 @@ def parse(argv=None):
     add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds")
     add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
     add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
-    add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it")
+    add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it (our choice)")
     add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="its labels in its own order")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: mixed precision")
     add("--device", help="cpu, cuda, cuda:1, ..; if not given, a GPU where there is one")
     add("--overwrite", action="store_true", help="run anew where there are results")
     add("--report", metavar="DIR", help="print a table of the finished runs below DIR, train nothing")
-    if "toy" in (argv or sys.argv):
+    if parser.parse_known_args(argv)[0].task == "toy":
         parser.set_defaults(epochs=8, patience=8, lr=1e-3, teacher_epochs=8, teacher_lr=1e-3)
     args = parser.parse_args(argv)
     files = [args.train_file, args.validation_file]

@@ -363,7 +363,7 @@ def test_ridge_must_be_fitted_and_random_must_not(name):
     copy = R.DISTANCES[name](D_S, D_T, M, **options)
     copy.load_state_dict(distance.state_dict())
     assert copy.fitted and torch.isfinite(copy(s, t, **more))
-    for bad in ({"start": "ridgid"}, {"teacher_proj": "thawed"}):
+    for bad in ({"start": "ridgid"}, {"teacher_proj": "thawed"}, {"alpha": [1.0] * (M + 1)}):
         with pytest.raises(ValueError):
             R.DISTANCES[name](D_S, D_T, M, **options, **bad)
 
@@ -935,6 +935,23 @@ def test_readme_code_runs(number, block, tmp_path, monkeypatch):
         pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, f"README.md, block {number}", "exec"), {"__name__": "readme"})
+
+
+def test_toy_defaults_are_for_the_toy_task_alone():
+    """Catches a folder named toy that changes the learning rate of another task."""
+    assert R.parse(["--task", "sst2", "--output-dir", "toy"])[1].lr == 2e-5
+    assert R.parse(["--task=toy"])[1].lr == R.parse(["--task", "toy"])[1].lr == 1e-3
+    assert R.parse(["--task", "toy", "--lr", "0.5"])[1].lr == 0.5
+
+
+def test_defaults_are_the_documented_ones():
+    args = R.parse(["--task", "sst2"])[1]
+    expected = dict(teacher="bert-base-uncased", student="distilbert-base-uncased", method="rail-c", epochs=40, patience=5,
+                    batch_size=32, lr=2e-5, weights=(1 / 3,) * 3, temperature=2.0, max_length=128, seed=42)
+    assert {k: vars(args)[k] for k in expected} == expected
+    assert R.parse(["--task", "sst2", "--method", "kd"])[1].weights == (0.5, 0.5, 0.0)
+    assert R.parse(["--task", "sst2", "--method", "none"])[1].weights == (1.0, 0.0, 0.0)
+    assert R.LayerwiseDistance(4, 4, 2).proj_s.out_features == 128
 
 
 def test_readme_and_help_name_what_there_is():
