@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # ================================================================================================ the method
-# From here to "end of the method" torch is all that is needed: import it, or copy it.
+# To "end of the method" torch is all that is needed: import it, or copy it with functools, math and random.
 # B batch, L padded tokens, d_s / d_t hidden width of student / teacher, n teacher blocks, m student slots,
 # k teacher vectors, u projection width, C classes. hidden_states[0] is the embedding output, hidden_states[i]
 # the output of block i. The last block is left out on both sides: layers 1..m meet layers of 1..n-1.
@@ -249,6 +249,8 @@ class ContrastiveDistance(ConcatDistance):
     def __init__(self, d_s, d_t, num_slots, num_examples, proj_dim=128, num_negatives=100, temperature=0.07,
                  momentum=0.5, teacher_proj="trained", **options):
         super().__init__(d_s, d_t, num_slots, proj_dim, teacher_proj=teacher_proj, **options)
+        if num_examples < 2:
+            raise ValueError(f"a memory bank needs num_examples >= 2, got {num_examples}")
         self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
         self.register_buffer("bank", unit(torch.randn(num_examples, proj_dim)))
         self.register_buffer("bank_labels", torch.full((num_examples,), -1))        # -1: unknown
@@ -257,10 +259,11 @@ class ContrastiveDistance(ConcatDistance):
         if index is None:
             raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
         s, t, device = unit(z_s[0]), unit(z_t[0]), self.bank.device                 # (B, u), (B, u)
-        index = torch.as_tensor(index, device=device)                               # (B,)
+        index = torch.as_tensor(index, device=device).long()                        # (B,)
         with torch.no_grad():
             allowed = torch.arange(len(self.bank), device=device) != index[:, None]                 # (B, N)
             if labels is not None and not labels.is_floating_point():
+                labels = labels.to(device).long()
                 if self.training:
                     self.bank_labels[index] = labels
                 others = (self.bank_labels != labels[:, None]) & (self.bank_labels >= 0)
@@ -397,6 +400,8 @@ def load_splits(args):
         for split, path in (("train", args.train_file), ("validation", args.validation_file)):
             kind = Path(path).suffix.lower().strip(".")
             reader = {"tsv": "csv", "jsonl": "json"}.get(kind, kind)
+            if reader not in ("csv", "json", "parquet") or not Path(path).is_file():
+                raise ValueError(f"{path} is no csv, tsv, json, jsonl or parquet file")
             splits[split] = datasets.load_dataset(reader, data_files=path, split="train", **csv.get(kind, {}))
         return splits
     if args.data_root:
@@ -414,25 +419,32 @@ def load_data(args):
         advice = "see --train-file in --help" if args.train_file else ADVICE
         raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {advice}") from error
     data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x.startswith("val")))
+    if not data.dev:
+        raise UserError(f"no validation data for {args.task}, only {', '.join(splits)}")
     for split in ["train", *data.dev]:
-        table, found = splits[split].to_dict(), splits[split].features
-        if "label" not in found or not 1 <= len(columns) <= 2 or not {*columns} <= {*found}:
-            raise UserError(f"{split}: columns {', '.join(found)}, needed are label and one or two of text")
+        table, kinds = splits[split].to_dict(), {k: str(v.dtype) if hasattr(v, "dtype") else "a list"
+                                                 for k, v in splits[split].features.items()}
+        if "label" not in kinds or not 1 <= len(columns) <= 2 or not {*columns} <= {*kinds}:
+            raise UserError(f"{split}: columns {', '.join(kinds)}, needed are label and one or two of text")
         for column in columns:
-            if "string" not in found[column].dtype or None in table[column]:
+            if "string" not in kinds[column] or None in table[column]:
                 raise UserError(f"{split}: column {column!r} is not text throughout")
         labels, rows = table["label"], range(len(table["label"]))
         if split == "train":
-            names = getattr(found["label"], "names", None)
-            known = [*range(len(names))] if names else sorted({*labels} - {None, ""})
-            data.names = None if "float" in found["label"].dtype else names or [str(x) for x in known]
+            names = getattr(splits[split].features["label"], "names", None)
+            words = {*map(str, labels)} - {"None", ""}              # 2 comes before 10, numbers before words
+            known = range(len(names)) if names else sorted(
+                words, key=lambda x: (int(x) if x.lstrip("-").isdecimal() else math.inf, x))
+            data.names = None if "float" in kinds["label"] else names or known
+            numbers = {str(label): i for i, label in enumerate(known)} if data.names else {}
             rows = sorted(random.Random("subset").sample(rows, min(len(rows), args.max_train_examples)))
-        strange = {str(x) for x in labels if x is None or data.names and x not in known}
+        strange = {str(x) for x in labels if (str(x) not in numbers if data.names else
+                                              not isinstance(x, (int, float)) or x != x)}
         if not rows or strange:
             raise UserError(f"{split}: " + (f"labels {strange}, known: {data.names}" if rows else "no rows"))
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
-        numbers = {label: i for i, label in enumerate(known)} if data.names else {}
-        data.labels[split] = torch.tensor([numbers.get(labels[row], labels[row]) for row in rows])
+        values = [numbers[str(labels[row])] if data.names else float(labels[row]) for row in rows]
+        data.labels[split] = torch.tensor(values)
     data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else ["pearson", "spearman"])
     return data
 
@@ -448,20 +460,23 @@ class Side:
             config = AutoConfig.from_pretrained(name)
             ready = role == "teacher" and "SequenceClassification" in "".join(config.architectures or [])
             self.tokenizer = AutoTokenizer.from_pretrained(name)
+            if len(self.tokenizer) <= len(self.tokenizer.all_special_ids) or self.tokenizer.pad_token is None:
+                raise ValueError("there is no tokenizer with a vocabulary and a padding token in it")
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **({} if ready else head))
-        except (OSError, ValueError, KeyError) as error:
+            self.blocks, self.width = config.num_hidden_layers, config.hidden_size
+        except Exception as error:                                  # of as many kinds as there are formats
             raise UserError(f"cannot load the {role} {name}: {error}; {ADVICE}") from error
         if self.model.num_labels != count:
             raise UserError(f"the teacher {name} knows {self.model.num_labels} labels, the task has {count}")
-        self.ready, self.args, self.order = ready and not info["missing_keys"], args, list(range(count))
+        self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
         self.model = self.model.float().to(args.device)
-        self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         self.params = sum(p.numel() for p in self.model.parameters())
         self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
+        longest = min(args.max_length, self.tokenizer.model_max_length)
         takes = inspect.signature(self.model.forward).parameters    # DistilBERT, say, takes no token_type_ids
         self.tokens = {split: {k: v for k, v in self.tokenizer(
-            *texts, truncation=True, max_length=args.max_length).items() if k in takes}
+            *texts, truncation=True, max_length=longest).items() if k in takes}
             for split, texts in data.texts.items()}
         self.lengths = {split: torch.tensor([*map(len, x["input_ids"])]) for split, x in self.tokens.items()}
 
@@ -473,7 +488,8 @@ class Side:
         inputs = {k: (v.pin_memory() if gpu else v).to(device, non_blocking=gpu) for k, v in inputs.items()}
         with torch.autocast(device.type, self.args.dtype, enabled=self.args.dtype != torch.float32):
             output = self.model(**inputs, output_hidden_states=True)
-        return output.logits.float()[:, self.order], output.hidden_states, inputs["attention_mask"]
+        logits = output.logits.float() if self.order is None else output.logits.float()[:, self.order]
+        return logits, output.hidden_states, inputs["attention_mask"]
 
     @torch.no_grad()
     def map(self, split, rows=None, function=lambda logits, hidden_states, mask: logits):
@@ -582,7 +598,7 @@ def measure(name, logits, labels):
     known = {"accuracy": metrics.accuracy_score, "f1": metrics.f1_score,
              "matthews": metrics.matthews_corrcoef, "pearson": stats.pearsonr, "spearman": stats.spearmanr}
     guess = logits[:, 0] if labels.is_floating_point() else logits.argmax(1)
-    value = known[name](labels.numpy(), guess.numpy())
+    value = known[name](labels.numpy(), guess.numpy()) if len(labels) > 1 or name == "accuracy" else 0.0
     value = float(getattr(value, "statistic", value))               # scipy's come with a p-value
     return value if math.isfinite(value) else 0.0
 
@@ -610,7 +626,7 @@ def make_watch(student, teacher, ild, data):
 
     def states(side):                                               # (N, blocks - 1, d)
         return side.map(split, rows, lambda logits, hidden, mask: torch.stack(
-            [pool(layer, mask) for layer in hidden[1:-1]], 1)).to(side.args.device)
+            [pool(layer, mask) for layer in hidden[1:-1] or hidden[1:]], 1)).to(side.args.device)
     pooled_t = states(teacher) if ild else None
 
     @torch.no_grad()
@@ -632,8 +648,8 @@ def save(side, folder):
 
 def prepare_teacher(student, data, args):
     """The teacher, fine-tuned if need be, frozen and in eval mode; its dev metrics; its examples/s."""
-    names = "teacher teacher_epochs teacher_lr teacher_seed batch_size grad_accumulation weight_decay warmup"
-    settings = [vars(args)[x] for x in [*names.split(), "max_length", "amp"]]
+    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp"
+    settings = [vars(args)[x] for x in names.split()]
     settings += [data.texts, data.names, data.labels["train"].tolist()]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key[:12]}")
@@ -645,7 +661,8 @@ def prepare_teacher(student, data, args):
             raise UserError(f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
         print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, in {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
-                  "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0)}
+                  "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0),    # batch 32, whatever the student's
+                  "batch_size": min(32, args.batch_size), "grad_accumulation": max(1, 32 // args.batch_size)}
         train(teacher, data, argparse.Namespace(**vars(args) | tuning), folder)
         (folder / "done").touch()
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
@@ -656,8 +673,8 @@ def prepare_teacher(student, data, args):
         teacher.order = [args.teacher_labels.index(name) for name in data.names]
     metrics, speed = evaluate(teacher, data)
     labels = data.labels[data.dev[0]]
-    if data.names and not made:
-        check_order(teacher, teacher.map(data.dev[0]).argmax(1), labels, data.names)
+    if data.names and not made and not args.teacher_labels:
+        check_order(teacher.map(data.dev[0]).argmax(1), labels, data.names)
     always = torch.eye(len(data.names))[labels.mode().values] if data.names else torch.zeros(1)
     floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -666,17 +683,17 @@ def prepare_teacher(student, data, args):
         print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this task?")
     return teacher, metrics, speed
 
-def check_order(teacher, answers, labels, names):
+def check_order(answers, labels, names):
     """Stop where the teacher's labels stand in another order: an assignment on the confusion matrix tells."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import confusion_matrix
     confusion = confusion_matrix(labels, answers, labels=range(len(names)), normalize="all")
     best = linear_sum_assignment(-confusion)[1].tolist()                    # label i is answer best[i]
     now, then = confusion.trace(), confusion[range(len(names)), best].sum()
-    if then > now + 0.1:
-        order = {teacher.order[answer]: names[label] for label, answer in enumerate(best)}
+    if then > now + 0.1 and len(answers.unique()) > 1:
+        order = [names[best.index(answer)] for answer in range(len(names))]
         raise UserError(f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}: "
-                        f"pass --teacher-labels {','.join(order[i] for i in range(len(names)))}")
+                        f"pass --teacher-labels {','.join(order)} (or the order that you know to be right)")
 
 def make_loss(student, teacher, data, args):
     """The method's intermediate loss, its ridge start made on up to 2,000 training examples."""
@@ -689,7 +706,7 @@ def make_loss(student, teacher, data, args):
         ild = IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
                                args.seed, args.select, args.distance, **options).to(args.device)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{error} (student {student.title}, teacher {teacher.title})") from error
+        raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
     student.model.eval()
     rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size))).split(64)
     if ild.distance.start == "ridge":
@@ -698,7 +715,7 @@ def make_loss(student, teacher, data, args):
 
 def run(args):
     """All that the command line asks for, from the data to the finished student -> the results."""
-    config = {k: v for k, v in vars(args).items() if k not in ("overwrite", "report", "device")}
+    config = {k: v for k, v in vars(args).items() if k not in ("overwrite", "report", "device", "output_dir")}
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
     folder = Path(args.output_dir, args.task, name)
     if (folder / "results.json").exists() and not args.overwrite:
@@ -725,6 +742,7 @@ def run(args):
           f"method   {name}; layers {pairs}; CE, KD, ILD weigh {' '.join(f'{w:.2g}' for w in args.weights)}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation}, lr {args.lr}, "
           f"{args.dtype} on {args.device}", flush=True)
+    (folder / "results.json").unlink(missing_ok=True)               # it would not tell of the model beside it
     history = train(student, data, args, folder, teacher, ild)
     best = max(history, key=lambda row: row["score"])
     results = {
@@ -757,8 +775,7 @@ def report(folder):
         raise UserError(f"no finished run (results.json) below {folder}")
     cells, tasks = {}, list(dict.fromkeys(results["task"] for _, results in runs))
     for path, results in runs:
-        config, method = results["config"], path.parent.name.split("-seed")[0]
-        method += f", lr {config['lr']}, batch {config['batch_size']}"
+        method = str(Path(*path.relative_to(folder).parts[:-3], path.parent.name.split("-seed")[0]))
         cells.setdefault((method, results["task"]), []).append(results["best_score"])
         if results["teacher_score"] not in [None, *cells.get(("teacher", results["task"]), [])]:
             cells.setdefault(("teacher", results["task"]), []).append(results["teacher_score"])
@@ -790,7 +807,7 @@ def set_up(args):
     if not local and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-        except OSError as error:                                    # before the libraries are imported
+        except (OSError, ValueError) as error:                      # before the libraries are imported
             os.environ["HF_HUB_OFFLINE"] = "0" if hasattr(error, "code") else "1"       # a 404 is an answer
     import datasets
     import transformers
@@ -818,7 +835,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n")    # one line, no usage
-    add, count, seed, share = parser.add_argument, number(int, 1), number(int, 0), number(float, 0, 1)
+    add, count, share = parser.add_argument, number(int, 1), number(float, 0, 1)
+    seed = number(int, 0, 2 ** 63 - 1)
     add("--task", help=f"{', '.join(TASKS)} (no download); with --train-file any other name")
     add("--method", default="rail-c", choices=METHODS, metavar="M", help=", ".join(METHODS))
     add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
@@ -837,7 +855,7 @@ def parse(argv=None):
     add("--weight-decay", type=share, default=0.01, help="AdamW's, from two dimensions on; our choice")
     add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows; our choice")
     add("--weights", type=triple, metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3 each, for kd 1/2 1/2")
-    add("--temperature", type=number(float, 1e-3), default=2.0, help="of the KD term; our choice")
+    add("--temperature", type=number(float, 1e-3, 1e3), default=2.0, help="of the KD term; our choice")
     add("--proj-dim", type=count, help="width u of the maps; paper: 128")
     add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
     add("--start", choices=("ridge", "random"), help="student's map: least squares, our choice, or as drawn")
@@ -860,10 +878,11 @@ def parse(argv=None):
     files = [args.train_file, args.validation_file]
     if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
         parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
-    args.task = args.task or Path(args.train_file or "").stem
+    stem = Path(args.train_file or "").stem
+    args.task = args.task or (f"own-{stem}" if stem in TASKS else stem)
     args.weights = args.weights or (not args.distance and WEIGHTS.get(args.method)) or (1 / 3, 1 / 3, 1 / 3)
-    if args.weights[2] and not (args.distance or METHODS[args.method][1]):
-        parser.error(f"--method {args.method} has no intermediate term: the third of --weights must be 0")
+    if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
+        parser.error(f"--method {args.method} has no distance: give one, or no --select and weight 0 for ILD")
     return parser, args
 
 def main(argv=None):
@@ -873,6 +892,8 @@ def main(argv=None):
         return report(args.report) if args.report else run(args)
     except UserError as error:
         parser.error(" ".join(str(error).split()))
+    except OSError as error:                                        # full disk, unwritable folder
+        parser.exit(1, f"railkd.py: error: {error}\n")
 
 if __name__ == "__main__":
     main()

@@ -26,12 +26,18 @@ failed=()
 for point in "${grid[@]}"; do
   folder=$root
   [ -n "$point" ] && folder=$root/$(set -- $point; echo "lr$2-batch$4")
+  [ "$point" = "${grid[0]}" ] && first=$folder
   for task in $tasks; do for method in $methods; do for seed in $seeds; do
     name="$task $method seed $seed $point"
     echo "== $name"
+    teacher=()                                 # the grid shares the teacher that its first point has fine-tuned
+    if [ -n "$point" ] && [ "$point" != "${grid[0]}" ]; then
+      done=$(ls "$first/$task"/teacher-*/done 2>/dev/null | head -1)
+      [ -n "$done" ] && teacher=(--teacher "${done%done}model")
+    fi
     # a finished run prints its stored results and trains nothing; $point is two flags and their values, or nothing
     python3 "$here/railkd.py" --task "$task" --method "$method" --seed "$seed" --output-dir "$folder" $point \
-      ${arguments[@]+"${arguments[@]}"} || failed+=("$name")
+      ${arguments[@]+"${arguments[@]}"} ${teacher[@]+"${teacher[@]}"} || failed+=("$name")
   done; done; done
 done
 echo
