@@ -709,7 +709,7 @@ def make_loss(student, teacher, data, args):
         raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
     student.model.eval()
     rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size))).split(64)
-    if ild.distance.start == "ridge":
+    if ild.distance.start == "ridge" and ild.distance.proj_s is not None:
         ild.fit((*student("train", part)[1:], *teacher("train", part)[1:]) for part in rows)
     return ild
 
