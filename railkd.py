@@ -882,7 +882,7 @@ def parse(argv=None):
     args.task = args.task or (f"own-{stem}" if stem in TASKS else stem)
     args.weights = args.weights or (not args.distance and WEIGHTS.get(args.method)) or (1 / 3, 1 / 3, 1 / 3)
     if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
-        parser.error(f"--method {args.method} has no distance: give one, or no --select and weight 0 for ILD")
+        parser.error(f"--method {args.method} has no distance: give one, or leave --select and --weights")
     return parser, args
 
 def main(argv=None):
