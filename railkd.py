@@ -8,7 +8,8 @@ them is drawn at random, sorted, in every epoch. The term that does it is `Inter
     python railkd.py --task sst2         BERT-base -> DistilBERT on GLUE, as in the paper
     python railkd.py --report runs       the table of what has been run
 
-RESULTS
+Measured (README): SST-2, 4,000 examples, 12 x 768 -> 6 x 384, 3 epochs, n = 1: teacher 90.9,
+kd 85.8, rail-l 86.2, rail-c 85.8 (2 CPU cores, torch 2.13). The paper's tables: not reproduced yet.
 """
 from __future__ import annotations
 
