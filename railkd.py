@@ -6,17 +6,12 @@ them is drawn at random, sorted, in every epoch. The term that does it is `Inter
 
     python railkd.py --task toy          no download, about a minute on a laptop
     python railkd.py --task sst2         BERT-base -> DistilBERT on GLUE, as in the paper
-    python railkd.py --report runs       the table of what has been run
 
 Measured (README): SST-2, 4,000 examples, 12 x 768 -> 6 x 384, 3 epochs, n = 1: teacher 90.9,
 kd 85.8, rail-l 86.2, rail-c 85.8 (2 CPU cores, torch 2.13). The paper's tables: not reproduced yet.
 """
-from __future__ import annotations
-
 import argparse
-import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
@@ -34,12 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 
 # ================================================================================================ the method
-# To "end of the method" torch is all that is needed: import it, or copy it with functools, math and random.
+# To "end of the method" torch is all that is needed: import it, or copy it with math and random.
 # B batch, L padded tokens, d_s / d_t hidden width of student / teacher, n teacher blocks, m student slots,
 # k teacher vectors, u projection width, C classes. hidden_states[0] is the embedding output, hidden_states[i]
 # the output of block i. The last block is left out on both sides: layers 1..m meet layers of 1..n-1.
 
-unit = functools.partial(F.normalize, dim=-1)       # vectors of length 1
+def unit(vectors):
+    return F.normalize(vectors, dim=-1)                             # length 1
 
 def mean_pool(hidden, mask):
     """Mean over each example's tokens (Eq. 1): (B, L, d), mask (B, L) -> (B, d) in 32 bits. Padding never
@@ -94,35 +90,53 @@ def ridge(x, y, center=True, penalty=0.1):
     weight = torch.linalg.solve(gram, x.T @ y).T
     return weight, mean_y - weight @ mean_x
 
+def gather(*values):
+    """The values of every process of torch.distributed, in order, tensors on the CPU; alone: just these."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [values]
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, [x.cpu() if torch.is_tensor(x) else x for x in values])
+    return parts
+
 class Distance(nn.Module):
     """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits, always.
 
-    A subclass has maps (`proj_s`, `proj_t`: nn.Linear, nn.ModuleList of one per slot, or None), says what
-    goes in (`inputs_*`: lists of (B, width)) and, if need be, what comes out (`term`). Options of all: start,
-    "ridge": `fit`, called once before training, puts the student's map at the least-squares solution (no map:
-    no fit), or "random": as drawn; teacher_proj, "frozen" (cannot collapse) or "trained" (literal); alpha,
-    the slots' weights, 1 in the paper. ValueError for bad shapes and options, RuntimeError for a missing fit.
+    Both sides are cut into pieces of neighbours laid side by side (default: one for each slot), each piece
+    goes through its map, pieces are compared (`term`). With proj_dim `proj_s` and `proj_t` map both sides to
+    it, without it `proj_s` maps up to the teacher's width where the widths differ: one nn.Linear (shared) or
+    an nn.ModuleList. start, "ridge": `fit`, called once before training, puts the student's map at the
+    least-squares solution (no map: no fit), or "random": as drawn; teacher_proj: "frozen" (cannot collapse)
+    or "trained" (literal); alpha: the pieces' weights, 1 in the paper. ValueError for bad shapes and options,
+    RuntimeError for a missing fit.
     """
 
-    def __init__(self, d_s, d_t, num_slots, num_targets=None, bias=True, teacher_proj="frozen", start="ridge",
-                 alpha=None):
+    def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, bias=True,
+                 teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None):
         super().__init__()
         if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen"):
             raise ValueError(f"no such start or teacher_proj: {start!r}, {teacher_proj!r}")
+        self.num_pieces, self.bias, self.start = num_pieces or num_slots, bias, start
         self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
-        self.bias, self.train_t, self.start = bias, teacher_proj == "trained", start
-        self.proj_s = self.proj_t = None
-        alpha = torch.as_tensor([1.0] * num_slots if alpha is None else alpha, dtype=torch.float32)
-        if alpha.shape != (num_slots,):
-            raise ValueError(f"alpha must hold {num_slots} weights, one for each slot: got {alpha.tolist()}")
+        alpha = torch.as_tensor([1.0] * self.num_pieces if alpha is None else alpha, dtype=torch.float32)
+        if alpha.shape != (self.num_pieces,):
+            raise ValueError(f"alpha must hold {self.num_pieces} weights, not {alpha.tolist()}")
+        widths_s, widths_t = ([piece.shape[1] for piece in self.pieces(torch.empty(1, *shape))]
+                              for shape in (self.shape_s, self.shape_t))
+        if shared and len({*widths_s}) + len({*widths_t}) > 2:
+            raise ValueError(f"one map for all needs pieces of one width, not {widths_s} and {widths_t}")
+        widths = [proj_dim or width for width in widths_t]          # what the maps lead to
+        self.proj_s, self.proj_t = (
+            None if not proj_dim and ins == widths[:len(ins)] else
+            nn.Linear(ins[0], widths[0], bias) if shared else
+            nn.ModuleList(nn.Linear(*x, bias) for x in zip(ins, widths)) for ins in (widths_s, widths_t))
+        if self.proj_t is not None:
+            self.proj_t.requires_grad_(teacher_proj == "trained")
         self.register_buffer("alpha", alpha)
         self.register_buffer("fitted", torch.tensor(False))         # in the state dict: fit was called
         self._ready = start == "random"                             # spares a GPU a look at it in every step
 
-    def inputs_s(self, pooled):
-        return list(pooled.unbind(1))
-
-    inputs_t = inputs_s
+    def pieces(self, pooled):
+        return [piece.flatten(1) for piece in pooled.tensor_split(self.num_pieces, dim=1)]
 
     def term(self, z_s, z_t, index=None, labels=None):
         """sum_i alpha_i |unit(z_t,i) - unit(z_s,i)|^2, mean over the batch (Eq. 2 and 3)."""
@@ -133,8 +147,8 @@ class Distance(nn.Module):
         if pooled_s.shape[1:] != self.shape_s or pooled_t.shape != (len(pooled_s), *self.shape_t):
             raise ValueError(f"need pooled vectors (B, *{self.shape_s}) and (B, *{self.shape_t}): "
                              f"got {[*pooled_s.shape]} and {[*pooled_t.shape]}")
-        return (_apply(self.proj_s, self.inputs_s(pooled_s.float())),
-                _apply(self.proj_t, self.inputs_t(pooled_t.detach().float())))
+        return (_apply(self.proj_s, self.pieces(pooled_s.float())),
+                _apply(self.proj_t, self.pieces(pooled_t.detach().float())))
 
     def forward(self, pooled_s, pooled_t, index=None, labels=None):
         self._ready = self._ready or self.proj_s is None or bool(self.fitted)
@@ -151,7 +165,7 @@ class Distance(nn.Module):
         if self.start == "random" or self.proj_s is None:
             return
         chances = (torch.eye(self.shape_t[0]) if chances is None else chances).to(pooled_t.device)
-        maps, x, y = self.proj_s, self.inputs_s(pooled_s.float()), self.targets(pooled_t.float(), chances)
+        maps, x, y = self.proj_s, self.pieces(pooled_s.float()), self.targets(pooled_t.float(), chances)
         if isinstance(maps, nn.Linear):                             # each slot is N more examples for the map
             maps, x, y = [maps], [torch.cat(x)], [torch.cat(y)]
         for linear, x_i, y_i in zip(maps, x, y):
@@ -162,7 +176,7 @@ class Distance(nn.Module):
     def targets(self, pooled_t, chances):
         """What the student's maps should hit, (N, width) each: the unit target of the expected vectors."""
         expected = torch.einsum("kl,nld->nkd", chances, pooled_t)
-        return [unit(z) for z in _apply(self.proj_t, self.inputs_t(expected))]
+        return [unit(z) for z in _apply(self.proj_t, self.pieces(expected))]
 
 def _apply(maps, inputs):
     maps = maps if isinstance(maps, nn.ModuleList) else [maps or nn.Identity()] * len(inputs)
@@ -172,12 +186,9 @@ class LayerwiseDistance(Distance):
     """RAIL-KD^l, Eq. 2, in [0, 4 sum alpha]. shared: one pair of maps for all slots, or one for each."""
 
     def __init__(self, d_s, d_t, num_slots, proj_dim=128, shared=True, **options):
-        super().__init__(d_s, d_t, num_slots, **options)
+        super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=shared, **options)
         if self.shape_t[0] != num_slots:
             raise ValueError(f"{num_slots} slots need as many teacher layers, not {self.shape_t[0]}")
-        self.proj_s, self.proj_t = (nn.Linear(d, proj_dim, self.bias) if shared else nn.ModuleList(
-            nn.Linear(d, proj_dim, self.bias) for _ in range(num_slots)) for d in (d_s, d_t))
-        self.proj_t.requires_grad_(self.train_t)
 
     def targets(self, pooled_t, chances):
         """Slot i: the mean of the layers' unit vectors under its map, each as likely as it is drawn."""
@@ -187,45 +198,26 @@ class LayerwiseDistance(Distance):
 class DirectDistance(LayerwiseDistance):
     """PKD (Sun et al., 2019): Eq. 2 without maps; where d_s != d_t each slot maps the student up to d_t."""
 
-    def __init__(self, d_s, d_t, num_slots, **options):
-        super().__init__(d_s, d_t, num_slots, proj_dim=d_t, shared=False, **options)
-        self.proj_s, self.proj_t = self.proj_s if d_s != d_t else None, None
+    def __init__(self, d_s, d_t, num_slots, proj_dim=None, shared=False, **options):
+        super().__init__(d_s, d_t, num_slots, proj_dim, shared, **options)
 
 class ConcatDistance(Distance):
     """RAIL-KD^c, Eq. 3, in [0, 4]: the slots side by side, maps (m d_s x u) and (k d_t x u), one distance."""
 
     def __init__(self, d_s, d_t, num_slots, proj_dim=128, **options):
-        super().__init__(d_s, d_t, num_slots, **options)
-        self.proj_s = nn.Linear(num_slots * d_s, proj_dim, self.bias)
-        self.proj_t = nn.Linear(self.shape_t[0] * d_t, proj_dim, self.bias).requires_grad_(self.train_t)
-
-    def inputs_s(self, pooled):
-        return [pooled.flatten(1)]
-
-    inputs_t = inputs_s
+        super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=True, num_pieces=1, **options)
 
 class GroupDistance(Distance):
     """CKD (Wu et al., 2020): teacher layers in m contiguous groups, sizes at most one apart; each slot is
     mapped up to the width of its concatenated group, as in the released code (the paper: down)."""
-
-    def __init__(self, d_s, d_t, num_slots, **options):
-        super().__init__(d_s, d_t, num_slots, **options)
-        widths = [group.shape[1] for group in self.inputs_t(torch.zeros(1, *self.shape_t))]
-        self.proj_s = nn.ModuleList(nn.Linear(d_s, width, self.bias) for width in widths)
-
-    def inputs_t(self, pooled_t):
-        return [group.flatten(1) for group in pooled_t.tensor_split(self.shape_s[0], dim=1)]
 
 class AttentionDistance(Distance):
     """ALP-KD (Passban et al., 2021): mean squared error of each slot and its own mix of the teacher's layers.
     a_ik = softmax_k <s_i, t_k>, target_i = sum_k a_ik t_k; products unscaled, as in the original (recalled).
     `weights` (B, m, k): a of the last call. Where d_s != d_t each slot maps the student up to d_t."""
 
-    def __init__(self, d_s, d_t, num_slots, **options):
-        super().__init__(d_s, d_t, num_slots, **options)
-        self.weights = None
-        if d_s != d_t:
-            self.proj_s = nn.ModuleList(nn.Linear(d_s, d_t, self.bias) for _ in range(num_slots))
+    def pieces(self, pooled):
+        return list(pooled.unbind(1))
 
     def term(self, z_s, z_t, index=None, labels=None):
         s, t = torch.stack(z_s, 1), torch.stack(z_t, 1)                             # (B, m, d_t), (B, k, d_t)
@@ -261,23 +253,26 @@ class ContrastiveDistance(ConcatDistance):
             raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
         s, t, device = unit(z_s[0]), unit(z_t[0]), self.bank.device                 # (B, u), (B, u)
         index = torch.as_tensor(index, device=device).long()                        # (B,)
+        regression = labels is None or labels.is_floating_point()
         with torch.no_grad():
+            batch = gather(index, s, None if regression else labels) if self.training else []
+            batch = [[x if x is None else x.to(device) for x in part] for part in batch]
+            for rows, _, known in batch:
+                self.bank_labels[rows] = -1 if known is None else known.long()
             allowed = torch.arange(len(self.bank), device=device) != index[:, None]                 # (B, N)
-            if labels is not None and not labels.is_floating_point():
-                labels = labels.to(device).long()
-                if self.training:
-                    self.bank_labels[index] = labels
-                others = (self.bank_labels != labels[:, None]) & (self.bank_labels >= 0)
+            if not regression:
+                others = (self.bank_labels != labels.to(device)[:, None]) & (self.bank_labels >= 0)
                 allowed = torch.where(others.any(1, keepdim=True), others, allowed)
             negatives = self.bank[torch.multinomial(allowed.float(), self.num_negatives, replacement=True)]
+            for rows, vectors, _ in batch:
+                self.bank[rows] = unit(self.momentum * self.bank[rows] + (1 - self.momentum) * vectors)
         scores = torch.cat([(t * s).sum(-1, keepdim=True), torch.einsum("bu,bku->bk", t, negatives)], 1)
-        if self.training:
-            self.bank[index] = unit(self.momentum * self.bank[index] + (1 - self.momentum) * s.detach())
         return F.cross_entropy(scores / self.temperature, torch.zeros_like(index))
 
 SELECTIONS = ("random", "skip", "last", "reverse", "middle", "permuted", "all")
 DISTANCES = {"layerwise": LayerwiseDistance, "concat": ConcatDistance, "direct": DirectDistance,
              "group": GroupDistance, "attention": AttentionDistance, "contrastive": ContrastiveDistance}
+POOLINGS = {"mean": mean_pool, "first": first_token, None: mean_pool}
 METHODS = {                                         # name: (selection of teacher layers, distance, pooling)
     "none": (None, None, None),                     # fine-tuning, no teacher
     "kd": (None, None, None),                       # logits alone
@@ -313,7 +308,7 @@ class IntermediateLoss(nn.Module):
         if self.select not in SELECTIONS or distance not in DISTANCES:
             raise ValueError(f"{method!r} needs a selection ({', '.join(SELECTIONS)}) and a distance "
                              f"({', '.join(DISTANCES)}): got {self.select!r} and {distance!r}")
-        self.pool_tokens = first_token if METHODS[method][2] == "first" else mean_pool
+        self.pool_tokens = POOLINGS[METHODS[method][2]]
         self.blocks, self.seed = {"s": num_layers_s, "t": num_layers_t}, seed
         self.layers_s = list(range(1, num_layers_s))
         self.set_epoch(0)
@@ -361,10 +356,10 @@ class IntermediateLoss(nn.Module):
 
 # =================================================================================================== the run
 
-TASKS = {"sst2": ["accuracy"], "cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"],
-         "stsb": ["pearson", "spearman"], "mnli": ["accuracy"], "qnli": ["accuracy"], "rte": ["accuracy"],
-         "wnli": ["accuracy"], "toy": ["accuracy"]}                 # the first metric selects the epoch
+TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"]), "cola": ["matthews"],
+         **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
 WEIGHTS = {"none": (1.0, 0.0, 0.0), "kd": (0.5, 0.5, 0.0)}          # CE, KD, ILD; all others 1/3 each (Eq. 4)
+RANK, WORLD = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))       # of torchrun
 ADVICE = "no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
 
 class UserError(Exception):
@@ -385,68 +380,68 @@ def toy_model(folder, layers, width):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] the is not but".split()
     words += [f"noun{i}" for i in range(20)] + [f"word{i}" for i in range(60)]
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(vocab_size=len(words), hidden_size=width, num_hidden_layers=layers,
-                               num_attention_heads=4, intermediate_size=2 * width)).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words))
+    model = BertForMaskedLM(BertConfig(vocab_size=len(words), hidden_size=width, num_hidden_layers=layers,
+                                       num_attention_heads=4, intermediate_size=2 * width))
+    if RANK == 0:
+        model.save_pretrained(folder)
+        (folder / "vocab.txt").write_text("\n".join(words))
     return str(folder)
 
 def load_splits(args):
     """The raw splits {"train": dataset, "validation..": ..}: toy, one's own files, --data-root or the hub."""
-    import datasets
+    from datasets import Dataset, load_dataset
     if args.task == "toy":
-        sizes = {"train": 3000, "validation": 1000}
-        return {split: datasets.Dataset.from_dict(toy_data(split, size)) for split, size in sizes.items()}
+        return {x: Dataset.from_dict(toy_data(x, n)) for x, n in (("train", 3000), ("validation", 1000))}
     if args.train_file:
-        splits, csv = {}, {"csv": {"keep_default_na": False}, "tsv": {"keep_default_na": False, "sep": "\t"}}
-        for split, path in (("train", args.train_file), ("validation", args.validation_file)):
-            kind = Path(path).suffix.lower().strip(".")
-            reader = {"tsv": "csv", "jsonl": "json"}.get(kind, kind)
-            if reader not in ("csv", "json", "parquet") or not Path(path).is_file():
-                raise ValueError(f"{path} is no csv, tsv, json, jsonl or parquet file")
-            splits[split] = datasets.load_dataset(reader, data_files=path, split="train", **csv.get(kind, {}))
-        return splits
-    if args.data_root:
-        folder = Path(args.data_root, "nyu-mll", "glue", args.task)
-        names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
-        return datasets.load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
-    return datasets.load_dataset("nyu-mll/glue", args.task)
+        return {"train": load_file(args.train_file), "validation": load_file(args.validation_file)}
+    if not args.data_root:
+        return load_dataset("nyu-mll/glue", args.task)
+    folder = Path(args.data_root, "nyu-mll", "glue", args.task)
+    names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
+    return load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
+
+def load_file(path):
+    from datasets import load_dataset
+    kind, csv = Path(path).suffix.lower(), {"keep_default_na": False}
+    kinds = {".csv": ("csv", csv), ".tsv": ("csv", {**csv, "sep": "\t"}), ".parquet": ("parquet", {}),
+             **dict.fromkeys([".json", ".jsonl"], ("json", {}))}
+    if kind not in kinds or not Path(path).is_file():
+        raise ValueError(f"{path} is no file {', '.join(kinds)}")
+    return load_dataset(kinds[kind][0], data_files=path, split="train", **kinds[kind][1])
 
 def load_data(args):
     """texts {split: [column, ..]}, labels {split: (N,)}, names (None: regression), metrics, dev splits."""
     try:
         splits = load_splits(args)
-        columns = [x for x in splits["train"].features if x not in ("label", "idx", "id")]
+        columns = [x for x in splits["train"].column_names if x not in ("label", "idx", "id")]
     except Exception as error:                                      # hub and parsers have no error in common
-        advice = "see --train-file in --help" if args.train_file else ADVICE
-        raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {advice}") from error
-    data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x.startswith("val")))
+        raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {ADVICE}") from error
+    data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x[:10] == "validation"))
     if not data.dev:
         raise UserError(f"no validation data for {args.task}, only {', '.join(splits)}")
     for split in ["train", *data.dev]:
-        table, kinds = splits[split].to_dict(), {k: str(v.dtype) if hasattr(v, "dtype") else "a list"
-                                                 for k, v in splits[split].features.items()}
-        if "label" not in kinds or not 1 <= len(columns) <= 2 or not {*columns} <= {*kinds}:
-            raise UserError(f"{split}: columns {', '.join(kinds)}, needed are label and one or two of text")
+        table = splits[split].to_dict()
+        if not {"label", *columns} <= {*table} or not 1 <= len(columns) <= 2 or not table["label"]:
+            raise UserError(f"{split}: rows of label and one or two columns of text needed, not {[*table]}")
         for column in columns:
-            if "string" not in kinds[column] or None in table[column]:
+            if not all(isinstance(text, str) for text in table[column]):
                 raise UserError(f"{split}: column {column!r} is not text throughout")
         labels, rows = table["label"], range(len(table["label"]))
         if split == "train":
             names = getattr(splits[split].features["label"], "names", None)
-            words = {*map(str, labels)} - {"None", ""}              # 2 comes before 10, numbers before words
-            known = range(len(names)) if names else sorted(
-                words, key=lambda x: (int(x) if x.lstrip("-").isdecimal() else math.inf, x))
-            data.names = None if "float" in kinds["label"] else names or known
-            numbers = {str(label): i for i, label in enumerate(known)} if data.names else {}
+            known = [*range(len(names))] if names else sorted({*labels} - {None, ""})
+            data.names = None if isinstance(known[0], float) else names or [*map(str, known)]
+            number = {str(x): i for i, x in enumerate(known)} if data.names else {}
             rows = sorted(random.Random("subset").sample(rows, min(len(rows), args.max_train_examples)))
-        strange = {str(x) for x in labels if (str(x) not in numbers if data.names else
-                                              not isinstance(x, (int, float)) or x != x)}
-        if not rows or strange:
-            raise UserError(f"{split}: " + (f"labels {strange}, known: {data.names}" if rows else "no rows"))
+        values = [number.get(str(x)) if data.names else
+                  float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None for x in labels]
+        if None in values:
+            raise UserError(f"{split}: label {labels[values.index(None)]!r}, known: {data.names or 'floats'}")
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
-        values = [numbers[str(labels[row])] if data.names else float(labels[row]) for row in rows]
-        data.labels[split] = torch.tensor(values)
-    data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else ["pearson", "spearman"])
+        data.labels[split] = torch.tensor([values[row] for row in rows])
+    size = len(data.labels[data.dev[0]])
+    data.watched = torch.arange(0, size, math.ceil(size / 256))     # what is looked at closely, for all runs
+    data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else TASKS["stsb"])
     return data
 
 class Side:
@@ -454,9 +449,9 @@ class Side:
 
     def __init__(self, role, name, data, args):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-        names, count = data.names or [], len(data.names or [0])
-        head = {"num_labels": count, "id2label": dict(enumerate(names)), "label2id": {
-            x: i for i, x in enumerate(names)}} if names else {"num_labels": 1, "problem_type": "regression"}
+        names = dict(enumerate(data.names or ["score"]))
+        head = {"id2label": names, "label2id": {x: i for i, x in names.items()},
+                "problem_type": None if data.names else "regression"}
         try:
             config = AutoConfig.from_pretrained(name)
             ready = role == "teacher" and "SequenceClassification" in "".join(config.architectures or [])
@@ -468,38 +463,105 @@ class Side:
             self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         except Exception as error:                                  # of as many kinds as there are formats
             raise UserError(f"cannot load the {role} {name}: {error}; {ADVICE}") from error
-        if self.model.num_labels != count:
-            raise UserError(f"the teacher {name} knows {self.model.num_labels} labels, the task has {count}")
+        if self.model.num_labels != len(names):
+            raise UserError(f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")
         self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
-        self.model = self.model.float().to(args.device)
+        self.model, self.texts, self.tokens = self.model.float().to(args.device), data.texts, {}
         self.params = sum(p.numel() for p in self.model.parameters())
         self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
-        longest = min(args.max_length, self.tokenizer.model_max_length)
-        takes = inspect.signature(self.model.forward).parameters    # DistilBERT, say, takes no token_type_ids
-        self.tokens = {split: {k: v for k, v in self.tokenizer(
-            *texts, truncation=True, max_length=longest).items() if k in takes}
-            for split, texts in data.texts.items()}
-        self.lengths = {split: torch.tensor([*map(len, x["input_ids"])]) for split, x in self.tokens.items()}
+
+    def fingerprint(self):
+        """A hash of all weights and of the tokenizer, before its first use, which changes its settings."""
+        rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else str(self.tokenizer)
+        digest = hashlib.sha256(rules.encode())
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def encode(self, split):
+        """A split's tokens, made once: a dataset of the model's inputs, in memory, and their lengths (N,)."""
+        if split not in self.tokens:
+            from datasets import Dataset
+            takes = inspect.signature(self.model.forward).parameters    # DistilBERT takes no token_type_ids
+            longest = min(self.args.max_length, self.tokenizer.model_max_length)
+            encode = lambda texts: self.tokenizer(*dict(texts).values(), truncation=True, max_length=longest)
+            texts = Dataset.from_dict({str(i): column for i, column in enumerate(self.texts[split])})
+            tokens = texts.map(lambda x: {k: v for k, v in encode(x).items() if k in takes}, batched=True,
+                               remove_columns=texts.column_names, new_fingerprint=split)
+            self.tokens[split] = tokens, torch.tensor([*map(len, tokens["input_ids"])])
+        return self.tokens[split]
 
     def __call__(self, split, rows):
         """Rows (B,) of a split -> logits (B, C) in 32 bits, hidden states (B, L, d) each, mask (B, L)."""
-        device, rows, gpu = self.args.device, rows.tolist(), self.args.device.type == "cuda"
-        inputs = self.tokenizer.pad({k: [v[row] for row in rows] for k, v in self.tokens[split].items()},
-                                    return_tensors="pt")
-        inputs = {k: (v.pin_memory() if gpu else v).to(device, non_blocking=gpu) for k, v in inputs.items()}
-        with torch.autocast(device.type, self.args.dtype, enabled=self.args.dtype != torch.float32):
+        device, dtype = self.args.device, self.args.dtype
+        inputs = self.tokenizer.pad(self.encode(split)[0][rows.tolist()], return_tensors="pt")
+        inputs = {k: upload(v, device) for k, v in inputs.items()}
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = self.model(**inputs, output_hidden_states=True)
         logits = output.logits.float() if self.order is None else output.logits.float()[:, self.order]
         return logits, output.hidden_states, inputs["attention_mask"]
 
     @torch.no_grad()
-    def map(self, split, rows=None, function=lambda logits, hidden_states, mask: logits):
-        """`function` of the rows (default: all), in eval mode -> a tensor (rows, ..) on the CPU."""
+    def map(self, split, rows=None, pool=None, title=None):
+        """In eval mode: rows (default: all) -> logits (N, C) and, with `pool`, layers (N, blocks - 1, d)."""
         self.model.eval()
-        rows = torch.arange(len(self.lengths[split])) if rows is None else rows
-        order = self.lengths[split][rows].argsort(stable=True)
-        parts = [function(*self(split, part)).cpu() for part in rows[order].split(64)]
-        return torch.cat(parts)[order.argsort()]
+        rows = torch.arange(len(self.texts[split][0])) if rows is None else rows
+        order, parts = self.encode(split)[1][rows].argsort(stable=True), []
+        for part in progress(rows[order].split(64), title):
+            logits, hidden, mask = self(split, part)
+            layers = hidden[1:-1] or hidden[1:]                     # the one layer of a student of one block
+            parts.append((logits, torch.stack([pool(x, mask) for x in layers], 1) if pool else logits))
+        return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
+
+class Table:
+    """What the frozen teacher says of a split, by example: logits, pooled vectors of the layers 1..n-1.
+
+    Made once, in parts of 8,192 examples, each written under a name of its own and renamed when whole; parts
+    that exist are skipped. The folder is named by all that the content depends on: weights, tokenizer, texts,
+    maximum length, pooling, precision. cache "off": nothing is kept, the teacher runs in every step.
+    """
+    PART = 8192
+
+    def __init__(self, teacher, split, pool, cache):
+        self.teacher, self.split, self.pool = teacher, split, pool
+        content = [1, teacher.texts[split], teacher.args.max_length, pool.__name__, str(teacher.args.dtype),
+                   teacher.order, teacher.content]                  # 1: version of the format
+        folder = Path(cache, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16])
+        parts = [] if cache == "off" else torch.arange(len(teacher.texts[split][0])).split(self.PART)
+        paths = [folder / f"{rows[0]}.pt" for rows in parts]
+        for rows, path in [*zip(parts, paths)][RANK::WORLD]:        # processes take them in turn
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                logits, pooled = teacher.map(split, rows, pool, f"teacher reads {split} from {rows[0]}")
+                pooled = pooled.clamp(-65504, 65504).half().transpose(0, 1).contiguous()    # (n-1, rows, d_t)
+                partial = path.with_suffix(f".{os.getpid()}-{time.time_ns()}")
+                torch.save({"logits": logits.cpu(), "pooled": pooled.cpu()}, partial)
+                partial.replace(path)
+        gather()                                                    # now all are there
+        self.parts = [torch.load(path, mmap=True, weights_only=True) for path in paths]
+
+    def logits(self):
+        return torch.cat([part["logits"] for part in self.parts] or self.teacher.map(self.split)[:1]).cpu()
+
+    def __call__(self, rows, layers):
+        """Rows (B,) -> logits (B, C), pooled vectors (B, k, d_t) of these layers, which alone are read."""
+        index, device = torch.tensor(layers, dtype=torch.long) - 1, self.teacher.args.device
+        if not self.parts:
+            logits, pooled = self.teacher.map(self.split, rows, self.pool)
+            return logits, pooled[:, index.to(device)]
+        places = [(self.parts[row // self.PART], row % self.PART) for row in rows.tolist()]
+        logits = torch.stack([part["logits"][i] for part, i in places])
+        pooled = torch.stack([part["pooled"][index, i] for part, i in places])
+        return upload(logits, device), upload(pooled, device)
+
+def upload(tensor, device):
+    """To the device; to a GPU from pinned memory, without a wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+def progress(items, title):
+    """A progress bar where there is a title and a terminal."""
+    from tqdm import tqdm
+    return tqdm(items, title, leave=False, disable=not title or RANK > 0 or not sys.stderr.isatty())
 
 def batches(lengths, size, seed, epoch):
     """Groups of `size` rows of like length in random order, new in every epoch, the partial one kept."""
@@ -508,80 +570,85 @@ def batches(lengths, size, seed, epoch):
     groups = [group for run in runs for group in run[lengths[run].argsort(stable=True)].split(size)]
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
-def make_optimizer(modules, args):
+def make_optimizer(params, args):
     """AdamW over all that is trained; weight decay from two dimensions on, so not for biases and norms."""
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, fused=args.device.type in ("cpu", "cuda"))
 
-def loss_terms(student, teacher, ild, labels, rows, args):
-    """CE, KD and ILD of a batch, rows (B,) -> (3,); 0 for what the method does not have."""
-    logits_s, hidden_s, mask_s = student("train", rows)
-    index = rows.to(args.device, non_blocking=True)
-    labels = labels[index]
-    regression = labels.is_floating_point()
-    ce = F.mse_loss(logits_s[:, 0], labels) if regression else F.cross_entropy(logits_s, labels)
-    kd = inter = torch.zeros_like(ce)
-    if teacher:
-        with torch.no_grad():
-            logits_t, hidden_t, mask_t = teacher("train", rows)
-        kd = kd_loss(logits_s, logits_t, args.temperature)
-    if ild:
-        inter = ild(hidden_s, mask_s, hidden_t, mask_t, index=index, labels=labels)
-    return torch.stack([ce, kd, inter])
+class Objective(nn.Module):
+    """What is trained, and Eq. 4: rows (B,) -> CE, KD and ILD (3,); 0 for what the method does not have."""
 
-def train(student, data, args, folder, teacher=None, ild=None):
+    def __init__(self, student, labels, table, ild, temperature):
+        super().__init__()
+        self.student, self.labels, self.table, self.temperature = student, labels, table, temperature
+        self.model, self.ild = student.model, ild
+
+    def forward(self, rows):
+        logits_s, hidden_s, mask_s = self.student("train", rows)
+        index = upload(rows, self.labels.device)
+        labels = self.labels[index]
+        regression = labels.is_floating_point()
+        ce = F.mse_loss(logits_s[:, 0], labels) if regression else F.cross_entropy(logits_s, labels)
+        kd = inter = torch.zeros_like(ce)
+        if self.table:
+            logits_t, pooled_t = self.table(rows, self.ild.layers_t if self.ild else [])
+            kd = kd_loss(logits_s, logits_t, self.temperature)
+        if self.ild:
+            pooled_s = self.ild.pool("s", hidden_s, mask_s)
+            inter = self.ild.distance(pooled_s, pooled_t, index=index, labels=labels)
+        return torch.stack([ce, kd, inter])
+
+def train(student, data, args, folder, tables=None, ild=None):
     """Train on Eq. 4. folder/model holds the best epoch, folder/log.jsonl the history, which is returned."""
-    from tqdm import tqdm
     from transformers import get_linear_schedule_with_warmup
-    modules, labels = [student.model, ild][:2 if ild else 1], data.labels["train"].to(args.device)
-    optimizer, size = make_optimizer(modules, args), args.batch_size * args.grad_accumulation
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    labels = data.labels["train"].to(args.device)
+    objective = Objective(student, labels, tables and tables["train"], ild, args.temperature)
+    params = [p for p in objective.parameters() if p.requires_grad]
+    optimizer, size = make_optimizer(params, args), args.batch_size * args.grad_accumulation * WORLD
     steps = args.epochs * math.ceil(len(labels) / size)
     schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    weights, watch = torch.tensor(args.weights, device=args.device), make_watch(student, teacher, ild, data)
-    history, alike, start = [], watch()["cosine_s"], time.perf_counter()
+    terms = objective if WORLD == 1 else nn.parallel.DistributedDataParallel(
+        objective, broadcast_buffers=False, find_unused_parameters=True)
+    alike, weights = watch(student, tables, ild, data)["cosine_s"], torch.tensor(args.weights).to(args.device)
+    history, start = [], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + RANK)
     for epoch in range(1, args.epochs + 1):
         if ild:
             ild.set_epoch(epoch)
-        for module in modules:
-            module.train()
+        objective.train()
         sums, began = torch.zeros(4, device=args.device), time.perf_counter()
-        groups = batches(student.lengths["train"], size, args.seed, epoch)
-        for group in tqdm(groups, f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
-            for rows in group.split(args.batch_size):               # the loss is the mean over the group
-                terms = loss_terms(student, teacher, ild, labels, rows, args)
-                loss = (weights * terms).sum()
-                scaler.scale(loss * (len(rows) / len(group))).backward()
-                sums += torch.cat([loss[None], terms]).detach() * len(rows)
+        for group in progress(batches(student.encode("train")[1], size, args.seed, epoch), f"epoch {epoch}"):
+            for rows, share in shards(group, args.batch_size):      # the loss is the mean over the group
+                values = terms(rows)
+                loss = (weights * values).sum()
+                scaler.scale(loss * share * WORLD).backward()       # several processes: the mean of theirs
+                sums += torch.cat([loss[None], values]).detach() * share * len(group)
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, 1.0)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-        loss, ce, kd, inter = (sums / len(labels)).tolist()         # the only wait for the device in an epoch
-        seconds = time.perf_counter() - began
+        sums = sum(x for x, in gather(sums.cpu())) / len(labels)    # the only wait for the device in an epoch
+        seconds, (loss, ce, kd, inter) = time.perf_counter() - began, sums.tolist()
         if not math.isfinite(loss):
             raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr?")
-        metrics, _ = evaluate(student, data)
+        metrics = evaluate(lambda split: predict(student, split), data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce,
-               "kd": kd if teacher else None, "ild": inter if ild else None, **watch(), "seconds": seconds,
-               "examples_per_s": len(labels) / seconds, "score": [*metrics.values()][0], "metrics": metrics}
+               "kd": kd if tables else None, "ild": inter if ild else None,
+               **watch(student, tables, ild, data), "seconds": seconds,
+               "examples_per_s": len(labels) / seconds, "score": metrics[data.metrics[0]], "metrics": metrics}
         history.append(row)
         best = max(history, key=lambda row: row["score"])           # of equal ones the first
-        if best is row:
-            save(student, folder / "model")
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-        shown = [f"layers {ild.layers_t}"] if ild else []
-        shown += [f"{x} {row[x]:.3f}" for x in ("loss", "ce", "kd", "ild") if row[x] is not None]
-        shown += [f"{data.metrics[0]} {row['score']:.4f} (best {best['score']:.4f})"]
-        shown += [f"{seconds:.1f} s, {len(labels) / seconds:.0f} examples/s"]
-        print(f"epoch {epoch}/{args.epochs}", *shown, sep="  ", flush=True)
+        if RANK == 0:
+            if best is row:
+                save(student, folder / "model")
+            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                if v is not None), "*" * (best is row), sep="  ", flush=True)       # *: the best so far
         if epoch == 1:
             print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
         if alike is not None and 1 - row["cosine_s"] < 0.1 * (1 - alike):
@@ -591,6 +658,21 @@ def train(student, data, args, folder, teacher=None, ild=None):
             print(f"stopped: nothing better for {args.patience} epochs", flush=True)
             break
     return history
+
+def shards(group, size):
+    """This process's rows of a group, at most `size` at a time -> (rows, their share of the group) each. All
+    processes have as many, since they wait for each other: one without rows gets a row of weight 0."""
+    count = math.ceil(math.ceil(len(group) / WORLD) / size)
+    for rows in group[RANK::WORLD].tensor_split(count):
+        yield (rows, len(rows) / len(group)) if len(rows) else (group[:1], 0.0)
+
+def predict(side, split):
+    """Logits (N, C) of all examples, each process taking its share of them."""
+    rows = torch.arange(len(side.texts[split][0]))
+    logits = torch.empty(len(rows), side.model.num_labels)
+    for rank, (part,) in enumerate(gather(side.map(split, rows[RANK::WORLD])[0].cpu())):
+        logits[rank::WORLD] = part
+    return logits
 
 def measure(name, logits, labels):
     """A metric of logits (N, C) and labels (N,); 0 where it is not defined (constant predictions)."""
@@ -603,13 +685,20 @@ def measure(name, logits, labels):
     value = float(getattr(value, "statistic", value))               # scipy's come with a p-value
     return value if math.isfinite(value) else 0.0
 
-def evaluate(side, data):
-    """All metrics on all dev sets ({"accuracy": .., "accuracy_mismatched": ..}), examples/s of the pass."""
-    began, metrics = time.perf_counter(), {}
+def evaluate(predict, data):
+    """All metrics of predict(split), logits (N, C), on all dev sets: {"accuracy", "accuracy_mismatched"}."""
+    metrics = {}
     for split in data.dev:
-        logits, suffix = side.map(split), split.removeprefix("validation").removeprefix("_matched")
+        logits, suffix = predict(split), split.removeprefix("validation").removeprefix("_matched")
         metrics |= {name + suffix: measure(name, logits, data.labels[split]) for name in data.metrics}
-    return metrics, sum(len(data.labels[split]) for split in data.dev) / (time.perf_counter() - began)
+    return metrics
+
+def speed(side, data):
+    """Examples/s that a model answers, of those that the watch looks at."""
+    side.encode(data.dev[0])
+    began = time.perf_counter()
+    side.map(data.dev[0], data.watched)[0].sum().item()
+    return len(data.watched) / (time.perf_counter() - began)
 
 def spread(vectors):
     """sqrt(1 - |mean unit vector|^2) of (N, u): 0 where all point one way."""
@@ -620,24 +709,15 @@ def mean_cosine(pooled):
     total, n = unit(pooled).sum(0).square().sum(-1).mean().item(), len(pooled)
     return (total - n) / (n * (n - 1)) if n > 1 else None
 
-def make_watch(student, teacher, ild, data):
-    """-> a function that measures how alike the student's states are, on up to 256 fixed dev examples."""
-    split, pool = data.dev[0], ild.pool_tokens if ild else mean_pool
-    rows = torch.arange(0, len(data.labels[split]), math.ceil(len(data.labels[split]) / 256))
-
-    def states(side):                                               # (N, blocks - 1, d)
-        return side.map(split, rows, lambda logits, hidden, mask: torch.stack(
-            [pool(layer, mask) for layer in hidden[1:-1] or hidden[1:]], 1)).to(side.args.device)
-    pooled_t = states(teacher) if ild else None
-
-    @torch.no_grad()
-    def watch():
-        pooled_s, result = states(student), {"spread_s": None, "spread_t": None}
-        if ild and ild.layers_t and ild.distance.proj_s is not None:
-            sides = ild.distance.project(pooled_s, pooled_t[:, [layer - 1 for layer in ild.layers_t]])
-            result = {name: sum(map(spread, side)) / len(side) for name, side in zip(result, sides)}
-        return {**result, "cosine_s": mean_cosine(pooled_s)}
-    return watch
+@torch.no_grad()
+def watch(student, tables, ild, data):
+    """How alike the student's states and the mapped vectors are, on up to 256 fixed dev examples."""
+    pooled_s = student.map(data.dev[0], data.watched, ild.pool_tokens if ild else mean_pool)[1]
+    spreads = None, None
+    if ild and ild.layers_t and ild.distance.proj_s is not None:
+        sides = ild.distance.project(pooled_s, tables[data.dev[0]](data.watched, ild.layers_t)[1])
+        spreads = [sum(map(spread, side)) / len(side) for side in sides]
+    return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": mean_cosine(pooled_s)}
 
 def save(side, folder):
     """Model and tokenizer, written beside `folder` and then put in its place."""
@@ -648,41 +728,45 @@ def save(side, folder):
     partial.rename(folder)
 
 def prepare_teacher(student, data, args):
-    """The teacher, fine-tuned if need be, frozen and in eval mode; its dev metrics; its examples/s."""
-    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp"
-    settings = [vars(args)[x] for x in names.split()]
-    settings += [data.texts, data.names, data.labels["train"].tolist()]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key[:12]}")
+    """The teacher, fine-tuned if need be, frozen, in eval mode; its tables of all splits; its dev metrics."""
+    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp".split()
+    settings = [*(vars(args)[x] for x in names), data.texts, data.names, data.labels["train"].tolist()]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
     made = (folder / "done").exists()
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
+    if args.weights[2] and student.blocks > teacher.blocks:
+        raise UserError(f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
     if not teacher.ready:
-        if args.weights[2] and student.blocks > teacher.blocks:
-            raise UserError(f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
         print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, in {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
                   "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0),    # batch 32, whatever the student's
-                  "batch_size": min(32, args.batch_size), "grad_accumulation": max(1, 32 // args.batch_size)}
+                  "batch_size": min(32, args.batch_size),
+                  "grad_accumulation": max(1, 32 // (WORLD * args.batch_size))}
         train(teacher, data, argparse.Namespace(**vars(args) | tuning), folder)
-        (folder / "done").touch()
+        gather((folder / "done").touch() if RANK == 0 else None)    # the others wait for it
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
     teacher.model.eval().requires_grad_(False)
+    teacher.content = teacher.fingerprint()
     if args.teacher_labels:
         if sorted(args.teacher_labels) != sorted(data.names or []):
             raise UserError(f"--teacher-labels: name each of the task's labels once, they are {data.names}")
         teacher.order = [args.teacher_labels.index(name) for name in data.names]
-    metrics, speed = evaluate(teacher, data)
-    labels = data.labels[data.dev[0]]
+    cache = args.teacher_cache or Path(args.output_dir, "teacher-cache")
+    pool = POOLINGS[METHODS[args.method][2]]
+    tables = {split: Table(teacher, split, pool, cache) for split in data.dev}
+    metrics, labels = evaluate(lambda split: tables[split].logits(), data), data.labels[data.dev[0]]
     if data.names and not made and not args.teacher_labels:
-        check_order(teacher.map(data.dev[0]).argmax(1), labels, data.names)
-    always = torch.eye(len(data.names))[labels.mode().values] if data.names else torch.zeros(1)
+        check_order(tables[data.dev[0]].logits().argmax(1), labels, data.names)
+    always = F.one_hot(labels.mode().values, len(data.names)) if data.names else torch.zeros(1)
     floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     print(f"teacher  {teacher.title}; dev {shown}; majority baseline {floor:.4f}", flush=True)
-    if [*metrics.values()][0] <= floor + 0.01:
+    if metrics[data.metrics[0]] <= floor + 0.01:
         print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this task?")
-    return teacher, metrics, speed
+    tables["train"] = Table(teacher, "train", pool, cache)          # after the checks: it may take an hour
+    return teacher, tables, metrics
 
 def check_order(answers, labels, names):
     """Stop where the teacher's labels stand in another order: an assignment on the confusion matrix tells."""
@@ -696,46 +780,49 @@ def check_order(answers, labels, names):
         raise UserError(f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}: "
                         f"pass --teacher-labels {','.join(order)} (or the order that you know to be right)")
 
-def make_loss(student, teacher, data, args):
+def make_loss(student, teacher, table, args):
     """The method's intermediate loss, its ridge start made on up to 2,000 training examples."""
-    size, kind = len(data.labels["train"]), DISTANCES[args.distance or METHODS[args.method][1]]
-    torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
-    options = {"num_examples": size} if "num_examples" in inspect.signature(kind).parameters else {}
+    size, kind = len(student.texts["train"][0]), DISTANCES[args.distance or METHODS[args.method][1]]
     given = {x: vars(args)[x] for x in ("proj_dim", "teacher_proj", "start", "shared")}
-    options |= {x: value for x, value in given.items() if value is not None}
+    options = {x: value for x, value in given.items() if value is not None}
+    if "num_examples" in inspect.signature(kind).parameters:
+        options["num_examples"] = size
+    torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
     try:
         ild = IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
                                args.seed, args.select, args.distance, **options).to(args.device)
     except (ValueError, TypeError) as error:
         raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
-    student.model.eval()
-    rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size))).split(64)
-    if ild.distance.start == "ridge" and ild.distance.proj_s is not None:
-        ild.fit((*student("train", part)[1:], *teacher("train", part)[1:]) for part in rows)
+    if ild.distance.proj_s is not None and ild.distance.start == "ridge":
+        rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
+        pooled_t = table(rows, range(1, teacher.blocks))[1]
+        ild.distance.fit(student.map("train", rows, ild.pool_tokens)[1], pooled_t, ild.chances())
     return ild
 
 def run(args):
     """All that the command line asks for, from the data to the finished student -> the results."""
-    config = {k: v for k, v in vars(args).items() if k not in ("overwrite", "report", "device", "output_dir")}
+    where = ("overwrite", "report", "device", "output_dir", "teacher_cache")
+    config = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in where}
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
     folder = Path(args.output_dir, args.task, name)
     if (folder / "results.json").exists() and not args.overwrite:
         results = json.loads((folder / "results.json").read_text())
-        changed = [k for k in config if json.loads(json.dumps(config[k])) != results["config"].get(k)]
+        changed = [k for k in config if config[k] != results["config"].get(k)]
         if changed:
             raise UserError(f"{folder} holds a run with other {', '.join(changed)}; --overwrite it?")
         return close(results)
     set_up(args)
     if args.task == "toy":
-        args.teacher, args.student = (toy_model(Path(args.output_dir, "toy", f"untrained-{x}"), *size)
-                                      for x, size in (("teacher", (4, 96)), ("student", (3, 16))))
-    data, teacher, ild, metrics_t, speed_t = load_data(args), None, None, None, None
+        args.teacher = toy_model(Path(args.output_dir, "toy", "untrained-teacher"), 4, 96)
+        args.student = toy_model(Path(args.output_dir, "toy", "untrained-student"), 3, 16)
+        gather()
+    data, teacher, tables, ild, metrics_t = load_data(args), None, None, None, {}
     torch.manual_seed(args.seed)                                    # draws the student's head
     student = Side("student", args.student, data, args)
     if args.weights[1] or args.weights[2]:
-        teacher, metrics_t, speed_t = prepare_teacher(student, data, args)
+        teacher, tables, metrics_t = prepare_teacher(student, data, args)
     if args.weights[2]:
-        ild = make_loss(student, teacher, data, args)
+        ild = make_loss(student, teacher, tables["train"], args)
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
     sizes = ", ".join(f"{len(x)} {split}" for split, x in data.labels.items())
     print(f"student  {student.title}\n"
@@ -743,20 +830,24 @@ def run(args):
           f"method   {name}; layers {pairs}; CE, KD, ILD weigh {' '.join(f'{w:.2g}' for w in args.weights)}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation}, lr {args.lr}, "
           f"{args.dtype} on {args.device}", flush=True)
-    (folder / "results.json").unlink(missing_ok=True)               # it would not tell of the model beside it
-    history = train(student, data, args, folder, teacher, ild)
+    if RANK == 0:
+        (folder / "results.json").unlink(missing_ok=True)           # it would not tell of the model beside it
+    history = train(student, data, args, folder, tables, ild)
     best = max(history, key=lambda row: row["score"])
     results = {
         "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metrics[0],
         "best_score": best["score"], "best_epoch": best["epoch"], "last_score": history[-1]["score"],
-        "teacher_score": metrics_t and [*metrics_t.values()][0], "teacher_metrics": metrics_t,
+        "teacher_score": metrics_t.get(data.metrics[0]), "teacher_metrics": metrics_t,
         "params_s": student.params, "params_t": teacher and teacher.params,
-        "speed_s": evaluate(student, data)[1], "speed_t": speed_t,
+        "speed_s": speed(student, data), "speed_t": teacher and speed(teacher, data),
         "device": str(args.device), "precision": str(args.dtype), "model": str(folder / "model"),
-        "versions": {x: importlib.metadata.version(x) for x in ("torch", "transformers", "datasets")},
+        "versions": {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")},
         "config": config, "history": history}
-    (folder / "results.partial").write_text(json.dumps(results, indent=1))
-    (folder / "results.partial").rename(folder / "results.json")
+    if RANK == 0:
+        (folder / "results.partial").write_text(json.dumps(results, indent=1))
+        (folder / "results.partial").rename(folder / "results.json")
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
     return close(results)
 
 def close(results):
@@ -770,32 +861,38 @@ def close(results):
     return results
 
 def report(folder):
-    """A Markdown table of the finished runs below a folder, mean +- std over seeds x 100 -> its scores."""
-    runs = [(path, json.loads(path.read_text())) for path in sorted(Path(folder).rglob("results.json"))]
-    if not runs:
-        raise UserError(f"no finished run (results.json) below {folder}")
-    cells, tasks = {}, list(dict.fromkeys(results["task"] for _, results in runs))
-    for path, results in runs:
+    """A Markdown table of the finished runs below a folder, mean ± std over seeds x 100 -> its scores."""
+    from statistics import mean, stdev
+    cells = {}
+    for path in sorted(Path(folder).rglob("results.json")):
+        results = json.loads(path.read_text())
         method = str(Path(*path.relative_to(folder).parts[:-3], path.parent.name.split("-seed")[0]))
-        cells.setdefault((method, results["task"]), []).append(results["best_score"])
-        if results["teacher_score"] not in [None, *cells.get(("teacher", results["task"]), [])]:
-            cells.setdefault(("teacher", results["task"]), []).append(results["teacher_score"])
+        best, score_t = results["best_score"], results["teacher_score"]
+        for row, run, score in ((method, path, best), ("teacher", score_t, score_t)):
+            if score is not None:                                   # seeds share a teacher: it counts once
+                cells.setdefault((row, results["task"]), {})[run] = 100 * score
+    if not cells:
+        raise UserError(f"no finished run (results.json) below {folder}")
+    tasks = list(dict.fromkeys(task for _, task in cells))
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
     for method in sorted({method for method, _ in cells}, key=lambda method: (method != "teacher", method)):
-        scores = [100 * torch.tensor(cells.get((method, task), [])) for task in tasks]
-        row = ["-" if not len(x) else f"{x.mean():.1f} (n=1)" if len(x) == 1 else
-               f"{x.mean():.1f} ± {x.std():.1f} (n={len(x)})" for x in scores]
-        row.append(f"{sum(x.mean() for x in scores) / len(scores):.1f}" if all(map(len, scores)) else "-")
-        print(f"| {method} | {' | '.join(row)} |")
-    return {f"{method}/{task}": scores for (method, task), scores in cells.items()}
+        scores = [[*cells.get((method, task), {}).values()] for task in tasks]
+        row = [f"{mean(x):.1f} ± {stdev(x):.1f} (n={len(x)})" if len(x) > 1 else
+               f"{x[0]:.1f} (n=1)" if x else "-" for x in scores]
+        print("|", " | ".join([method, *row, f"{mean(map(mean, scores)):.1f}" if all(scores) else "-"]), "|")
+    return {f"{method}/{task}": [*scores.values()] for (method, task), scores in cells.items()}
 
 def set_up(args):
     """Device and precision; quiet libraries; no long wait for a hub that cannot be reached."""
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and WORLD > 1 else name
     try:
         args.device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from error
+    if WORLD > 1:
+        torch.distributed.init_process_group()                      # gloo on CPUs, nccl on GPUs
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
@@ -803,9 +900,8 @@ def set_up(args):
         raise UserError("--amp fp16 needs a GPU: take bf16 or off")
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
-    local = all(Path(x).is_dir() for x in (args.teacher, args.student, args.data_root or ".")) and (
-        args.data_root or args.train_file)
-    if not local and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
+    local = [args.data_root or args.train_file or "", args.teacher, args.student]
+    if not all(map(os.path.exists, local)) and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
         except (OSError, ValueError) as error:                      # before the libraries are imported
@@ -835,7 +931,7 @@ def triple(text):
 def parse(argv=None):
     parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n")    # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n" * (RANK == 0))
     add, count, share = parser.add_argument, number(int, 1), number(float, 0, 1)
     seed = number(int, 0, 2 ** 63 - 1)
     add("--task", help=f"{', '.join(TASKS)} (no download); with --train-file any other name")
@@ -868,6 +964,7 @@ def parse(argv=None):
     add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
     add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
     add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it (our choice)")
+    add("--teacher-cache", metavar="DIR", help="keeps its outputs; if not given, beside the runs; or off")
     add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="its labels in its own order")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: mixed precision")
     add("--device", help="cpu, cuda, cuda:1, ..; if not given, a GPU where there is one")
@@ -879,8 +976,7 @@ def parse(argv=None):
     files = [args.train_file, args.validation_file]
     if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
         parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
-    stem = Path(args.train_file or "").stem
-    args.task = args.task or (f"own-{stem}" if stem in TASKS else stem)
+    args.task = args.task or "own"
     args.weights = args.weights or (not args.distance and WEIGHTS.get(args.method)) or (1 / 3, 1 / 3, 1 / 3)
     if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
         parser.error(f"--method {args.method} has no distance: give one, or leave --select and --weights")
