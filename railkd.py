@@ -101,14 +101,12 @@ def gather(*values):
 class Distance(nn.Module):
     """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits, always.
 
-    Both sides are cut into pieces of neighbours laid side by side (default: one for each slot), each piece
-    goes through its map, pieces are compared (`term`). With proj_dim `proj_s` and `proj_t` map both sides to
-    it, without it `proj_s` maps up to the teacher's width where the widths differ: one nn.Linear (shared) or
-    an nn.ModuleList. start, "ridge": `fit`, called once before training, puts the student's map at the
-    least-squares solution (no map: no fit), or "random": as drawn; teacher_proj: "frozen" (cannot collapse)
-    or "trained" (literal); alpha: the pieces' weights, 1 in the paper. ValueError for bad shapes and options,
-    RuntimeError for a missing fit.
-    """
+    Both sides are cut into pieces (one for each slot: layers side by side), mapped, and compared (`term`).
+    With proj_dim `proj_s` and `proj_t` map both sides to it; without, `proj_s` maps up to the teacher's width
+    where widths differ: one nn.Linear (shared) or an nn.ModuleList. start "ridge": `fit`, called once before
+    training, puts the student's map at the least-squares solution; "random": as drawn. teacher_proj "frozen":
+    cannot collapse; "trained": literal. alpha: the pieces' weights, 1 in the paper. ValueError for bad shapes
+    and options, RuntimeError for a missing fit."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, bias=True,
                  teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None):
@@ -236,8 +234,7 @@ class ContrastiveDistance(ConcatDistance):
     The bank keeps unit(momentum bank + (1 - momentum) s) for each of `num_examples` training rows, updated in
     training mode alone. Takes index= (B,), row numbers (else ValueError), and labels= (B,), known from a
     row's first batch on. Negatives, drawn with replacement by torch's global generator, are rows of another
-    known label, or all other rows where there are none or labels are float (regression) or None.
-    """
+    known label, or all other rows where there are none or labels are float (regression) or None."""
 
     def __init__(self, d_s, d_t, num_slots, num_examples, proj_dim=128, num_negatives=100, temperature=0.07,
                  momentum=0.5, teacher_proj="trained", **options):
@@ -296,8 +293,7 @@ class IntermediateLoss(nn.Module):
     blocks + 1 tensors (B, L, d); masks (B, L), or None where nothing is padded; L may differ. Pooled already:
     ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's; options go to the distance.
     Its trainable parameters belong in the optimizer. `.layers_s`, `.layers_t`: the layers in use. ValueError
-    for unknown names, impossible layers, wrong shapes; RuntimeError before the draw or the fit.
-    """
+    for unknown names, impossible layers, wrong shapes; RuntimeError before the draw or the fit."""
 
     def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
                  **distance_options):
@@ -306,8 +302,8 @@ class IntermediateLoss(nn.Module):
             raise ValueError(f"unknown method {method!r}, known: {', '.join(METHODS)}")
         self.select, distance = select or METHODS[method][0], distance or METHODS[method][1]
         if self.select not in SELECTIONS or distance not in DISTANCES:
-            raise ValueError(f"{method!r} needs a selection ({', '.join(SELECTIONS)}) and a distance "
-                             f"({', '.join(DISTANCES)}): got {self.select!r} and {distance!r}")
+            raise ValueError(f"no such pair: selection {self.select!r} of {', '.join(SELECTIONS)}; distance "
+                             f"{distance!r} of {', '.join(DISTANCES)}")
         self.pool_tokens = POOLINGS[METHODS[method][2]]
         self.blocks, self.seed = {"s": num_layers_s, "t": num_layers_t}, seed
         self.layers_s = list(range(1, num_layers_s))
@@ -352,9 +348,7 @@ class IntermediateLoss(nn.Module):
         return torch.tensor([[comb(l - 1, i - 1) * comb(n - 1 - l, m - i) / comb(n - 1, m) for l in layers]
                              for i in range(1, m + 1)])
 
-# ----------------------------------------------------------------------------------------- end of the method
-
-# =================================================================================================== the run
+# =========================================================================== end of the method, now the run
 
 TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"]), "cola": ["matthews"],
          **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
@@ -364,6 +358,10 @@ ADVICE = "no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OF
 
 class UserError(Exception):
     """The user's mistake: one line that says what is wrong and how to mend it. Exit code 2."""
+
+def need(condition, message):
+    if not condition:
+        raise UserError(message)
 
 def toy_data(split, size):
     """A little language: the last clause decides, "not" turns it round -> {"text": [..], "label": [..]}."""
@@ -402,11 +400,11 @@ def load_splits(args):
 
 def load_file(path):
     from datasets import load_dataset
-    kind, csv = Path(path).suffix.lower(), {"keep_default_na": False}
+    csv, kind = {"keep_default_na": False}, Path(path).suffix.lower()
     kinds = {".csv": ("csv", csv), ".tsv": ("csv", {**csv, "sep": "\t"}), ".parquet": ("parquet", {}),
-             **dict.fromkeys([".json", ".jsonl"], ("json", {}))}
+             ".json": ("json", {}), ".jsonl": ("json", {})}
     if kind not in kinds or not Path(path).is_file():
-        raise ValueError(f"{path} is no file {', '.join(kinds)}")
+        raise FileNotFoundError(f"{path} is no csv, tsv, json, jsonl or parquet file")
     return load_dataset(kinds[kind][0], data_files=path, split="train", **kinds[kind][1])
 
 def load_data(args):
@@ -417,26 +415,24 @@ def load_data(args):
     except Exception as error:                                      # hub and parsers have no error in common
         raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {ADVICE}") from error
     data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x[:10] == "validation"))
-    if not data.dev:
-        raise UserError(f"no validation data for {args.task}, only {', '.join(splits)}")
+    need(data.dev, f"no validation data for {args.task}, only {', '.join(splits)}")
     for split in ["train", *data.dev]:
         table = splits[split].to_dict()
-        if not {"label", *columns} <= {*table} or not 1 <= len(columns) <= 2 or not table["label"]:
-            raise UserError(f"{split}: rows of label and one or two columns of text needed, not {[*table]}")
-        for column in columns:
-            if not all(isinstance(text, str) for text in table[column]):
-                raise UserError(f"{split}: column {column!r} is not text throughout")
+        need({"label", *columns} <= {*table} and 1 <= len(columns) <= 2 and table["label"],
+             f"{split}: rows of label and one or two columns of text needed, not {[*table]}")
+        for x in columns:
+            need({*map(type, table[x])} == {str}, f"{split}: column {x!r} is not text throughout")
         labels, rows = table["label"], range(len(table["label"]))
         if split == "train":
             names = getattr(splits[split].features["label"], "names", None)
             known = [*range(len(names))] if names else sorted({*labels} - {None, ""})
-            data.names = None if isinstance(known[0], float) else names or [*map(str, known)]
+            data.names = None if any(isinstance(x, float) for x in known) else names or [*map(str, known)]
             number = {str(x): i for i, x in enumerate(known)} if data.names else {}
             rows = sorted(random.Random("subset").sample(rows, min(len(rows), args.max_train_examples)))
         values = [number.get(str(x)) if data.names else
                   float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None for x in labels]
-        if None in values:
-            raise UserError(f"{split}: label {labels[values.index(None)]!r}, known: {data.names or 'floats'}")
+        strange = {str(label) for label, value in zip(labels, values) if value is None}
+        need(not strange, f"{split}: labels {strange}, known: {data.names or 'numbers'}")
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
         data.labels[split] = torch.tensor([values[row] for row in rows])
     size = len(data.labels[data.dev[0]])
@@ -463,8 +459,8 @@ class Side:
             self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         except Exception as error:                                  # of as many kinds as there are formats
             raise UserError(f"cannot load the {role} {name}: {error}; {ADVICE}") from error
-        if self.model.num_labels != len(names):
-            raise UserError(f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")
+        need(self.model.num_labels == len(names),
+             f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")
         self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
         self.model, self.texts, self.tokens = self.model.float().to(args.device), data.texts, {}
         self.params = sum(p.numel() for p in self.model.parameters())
@@ -518,8 +514,8 @@ class Table:
 
     Made once, in parts of 8,192 examples, each written under a name of its own and renamed when whole; parts
     that exist are skipped. The folder is named by all that the content depends on: weights, tokenizer, texts,
-    maximum length, pooling, precision. cache "off": nothing is kept, the teacher runs in every step.
-    """
+    maximum length, pooling, precision. cache "off": nothing is kept, the teacher runs in every step."""
+
     PART = 8192
 
     def __init__(self, teacher, split, pool, cache):
@@ -634,8 +630,7 @@ def train(student, data, args, folder, tables=None, ild=None):
             optimizer.zero_grad()
         sums = sum(x for x, in gather(sums.cpu())) / len(labels)    # the only wait for the device in an epoch
         seconds, (loss, ce, kd, inter) = time.perf_counter() - began, sums.tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr?")
+        need(math.isfinite(loss), f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr?")
         metrics = evaluate(lambda split: predict(student, split), data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce,
                "kd": kd if tables else None, "ild": inter if ild else None,
@@ -694,7 +689,7 @@ def evaluate(predict, data):
     return metrics
 
 def speed(side, data):
-    """Examples/s that a model answers, of those that the watch looks at."""
+    """Examples/s that a model answers, of those that are watched."""
     side.encode(data.dev[0])
     began = time.perf_counter()
     side.map(data.dev[0], data.watched)[0].sum().item()
@@ -736,8 +731,8 @@ def prepare_teacher(student, data, args):
     made = (folder / "done").exists()
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
-    if args.weights[2] and student.blocks > teacher.blocks:
-        raise UserError(f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
+    need(not args.weights[2] or student.blocks <= teacher.blocks,
+         f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
     if not teacher.ready:
         print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, in {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
@@ -750,8 +745,8 @@ def prepare_teacher(student, data, args):
     teacher.model.eval().requires_grad_(False)
     teacher.content = teacher.fingerprint()
     if args.teacher_labels:
-        if sorted(args.teacher_labels) != sorted(data.names or []):
-            raise UserError(f"--teacher-labels: name each of the task's labels once, they are {data.names}")
+        need(sorted(args.teacher_labels) == sorted(data.names or []),
+             f"--teacher-labels: name each of the task's labels once, they are {data.names}")
         teacher.order = [args.teacher_labels.index(name) for name in data.names]
     cache = args.teacher_cache or Path(args.output_dir, "teacher-cache")
     pool = POOLINGS[METHODS[args.method][2]]
@@ -808,9 +803,9 @@ def run(args):
     if (folder / "results.json").exists() and not args.overwrite:
         results = json.loads((folder / "results.json").read_text())
         changed = [k for k in config if config[k] != results["config"].get(k)]
-        if changed:
-            raise UserError(f"{folder} holds a run with other {', '.join(changed)}; --overwrite it?")
+        need(not changed, f"{folder} holds a run with other {', '.join(changed)}; --overwrite it?")
         return close(results)
+    began = time.perf_counter()
     set_up(args)
     if args.task == "toy":
         args.teacher = toy_model(Path(args.output_dir, "toy", "untrained-teacher"), 4, 96)
@@ -828,8 +823,8 @@ def run(args):
     print(f"student  {student.title}\n"
           f"data     {args.task}: {sizes}; {data.metrics[0]} on {data.dev[0]} selects the epoch\n"
           f"method   {name}; layers {pairs}; CE, KD, ILD weigh {' '.join(f'{w:.2g}' for w in args.weights)}\n"
-          f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation}, lr {args.lr}, "
-          f"{args.dtype} on {args.device}", flush=True)
+          f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
+          f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
     if RANK == 0:
         (folder / "results.json").unlink(missing_ok=True)           # it would not tell of the model beside it
     history = train(student, data, args, folder, tables, ild)
@@ -852,11 +847,10 @@ def run(args):
 
 def close(results):
     """The closing lines -> the results."""
-    for side, key in (("teacher", "teacher_score"), ("student", "best_score")):
-        if results[key] is not None:
-            size, speed = results[f"params_{side[0]}"] / 1e6, results[f"speed_{side[0]}"]
-            print(f"{side}  {results['metric']} {results[key]:.4f}, {size:.2f} M parameters, "
-                  f"answers {speed:.0f} examples/s")
+    for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
+        if score is not None:
+            print(f"{side}  {results['metric']} {score:.4f}, {results[f'params_{side[0]}'] / 1e6:.2f} M "
+                  f"parameters, answers {results[f'speed_{side[0]}']:.0f} examples/s")
     print(f"epoch {results['best_epoch']} is in {results['model']}; to run it anew: --overwrite", flush=True)
     return results
 
@@ -867,12 +861,11 @@ def report(folder):
     for path in sorted(Path(folder).rglob("results.json")):
         results = json.loads(path.read_text())
         method = str(Path(*path.relative_to(folder).parts[:-3], path.parent.name.split("-seed")[0]))
-        best, score_t = results["best_score"], results["teacher_score"]
-        for row, run, score in ((method, path, best), ("teacher", score_t, score_t)):
-            if score is not None:                                   # seeds share a teacher: it counts once
+        teacher = results["teacher_score"]                          # seeds share it: it counts once
+        for row, run, score in ((method, path, results["best_score"]), ("teacher", teacher, teacher)):
+            if score is not None:
                 cells.setdefault((row, results["task"]), {})[run] = 100 * score
-    if not cells:
-        raise UserError(f"no finished run (results.json) below {folder}")
+    need(cells, f"no finished run (results.json) below {folder}")
     tasks = list(dict.fromkeys(task for _, task in cells))
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
     for method in sorted({method for method, _ in cells}, key=lambda method: (method != "teacher", method)):
@@ -896,8 +889,7 @@ def set_up(args):
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
-    if amp == "fp16" and not gpu:
-        raise UserError("--amp fp16 needs a GPU: take bf16 or off")
+    need(gpu or amp != "fp16", "--amp fp16 needs a GPU: take bf16 or off")
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
     local = [args.data_root or args.train_file or "", args.teacher, args.student]

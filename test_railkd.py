@@ -1037,7 +1037,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, args, message):
     ({"text": ["a"], "target": ["x"]}, "label"), ({"text": [1, 2], "label": ["x", "y"]}, "not text"),
     ({"a": ["x"], "b": ["x"], "c": ["x"], "label": ["x"]}, "one or two"), ({"text": [], "label": []}, "no data"),
     ({"text": ["a", "b"], "label": ["x", "z"]}, "y"), ({"text": ["a", "b"], "label": ["x", ""]}, "''"),
-    ({"text": ["a", "b"], "label": [0.5, 1.5]}, "label 'x'")],
+    ({"text": ["a", "b"], "label": [0.5, 1.5]}, "labels {")],
     ids=["no label", "no text", "three texts", "empty", "new label", "no value", "words for numbers"])
 def test_mistakes_in_files(tmp_path, models, capsys, train, message):
     dev = {"text": ["a", "b"], "label": ["x", "y"]}
@@ -1140,7 +1140,7 @@ def test_readme_and_help_name_what_there_is():
 def test_the_file_keeps_to_its_shape():
     lines = (HERE / "railkd.py").read_text().splitlines()
     assert len(lines) <= 1000 and max(map(len, lines)) <= 110
-    start, end = (next(i for i, line in enumerate(lines) if line.endswith(x)) for x in ("= the method", "end of the method"))
+    start, end = (next(i for i, line in enumerate(lines) if x in line) for x in ("= the method", "= end of the method"))
     assert end - start < 350
 
 
