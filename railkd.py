@@ -722,25 +722,27 @@ def save(side, folder):
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
-def prepare_teacher(student, data, args):
+def prepare_teacher(student, data, args, work):
     """The teacher, fine-tuned if need be, frozen, in eval mode; its tables of all splits; its dev metrics."""
     names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp".split()
     settings = [*(vars(args)[x] for x in names), data.texts, data.names, data.labels["train"].tolist()]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
-    made = (folder / "done").exists()
+    made = folder.exists()
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
     need(not args.weights[2] or student.blocks <= teacher.blocks,
          f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
     if not teacher.ready:
-        print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, in {folder}", flush=True)
+        print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, for {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
                   "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0),    # batch 32, whatever the student's
                   "batch_size": min(32, args.batch_size),
                   "grad_accumulation": max(1, 32 // (WORLD * args.batch_size))}
-        train(teacher, data, argparse.Namespace(**vars(args) | tuning), folder)
-        gather((folder / "done").touch() if RANK == 0 else None)    # the others wait for it
+        train(teacher, data, argparse.Namespace(**vars(args) | tuning), work)
+        if RANK == 0 and not folder.exists():                       # or another run was faster
+            work.rename(folder)
+        gather()
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
     teacher.model.eval().requires_grad_(False)
     teacher.content = teacher.fingerprint()
@@ -815,7 +817,7 @@ def run(args):
     torch.manual_seed(args.seed)                                    # draws the student's head
     student = Side("student", args.student, data, args)
     if args.weights[1] or args.weights[2]:
-        teacher, tables, metrics_t = prepare_teacher(student, data, args)
+        teacher, tables, metrics_t = prepare_teacher(student, data, args, folder / "teacher")
     if args.weights[2]:
         ild = make_loss(student, teacher, tables["train"], args)
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"

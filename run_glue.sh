@@ -32,8 +32,8 @@ for point in "${grid[@]}"; do
     echo "== $name"
     teacher=()                                 # the grid shares the teacher that its first point has fine-tuned
     if [ -n "$point" ] && [ "$point" != "${grid[0]}" ]; then
-      done=$(ls "$first/$task"/teacher-*/done 2>/dev/null | head -1)
-      [ -n "$done" ] && teacher=(--teacher "${done%done}model")
+      made=$(ls -d "$first/$task"/teacher-*/model 2>/dev/null | head -1)
+      [ -n "$made" ] && teacher=(--teacher "$made")
     fi
     # a finished run prints its stored results and trains nothing; $point is two flags and their values, or nothing
     python3 "$here/railkd.py" --task "$task" --method "$method" --seed "$seed" --output-dir "$folder" $point \

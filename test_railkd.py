@@ -632,8 +632,8 @@ def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
     kept = {}
     prepare, make, make_loss = R.prepare_teacher, R.make_optimizer, R.make_loss
 
-    def spy(student, data, args):
-        result = prepare(student, data, args)
+    def spy(*args):
+        result = prepare(*args)
         kept["teacher"], kept["before"] = result[0].model, {k: v.clone() for k, v in result[0].model.state_dict().items()}
         return result
 
@@ -798,6 +798,16 @@ def test_a_process_that_dies_ends_the_run(tmp_path, models):
                                        "    return save(*args)\nR.Table.__call__ = die\nR.main(sys.argv[1:])\n")
     done = python("-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "dying.py"), *files)
     assert done.returncode != 0 and "rank 1 dies" in done.stderr and not [*tmp_path.rglob("results.json")]
+
+
+def test_two_runs_at_once_do_no_harm(tmp_path, models):
+    """Both fine-tune the teacher and fill the cache at the same time; catches a folder that two write to."""
+    runs = [subprocess.Popen([sys.executable, str(HERE / "railkd.py"), *command(tmp_path, models), "--seed", str(seed)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for seed in (1, 2)]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 2
+    assert len([*tmp_path.rglob("results.json")]) == 2 and len([*(tmp_path / "runs" / "own").glob("teacher-*")]) == 1
+    scores = {json.loads(path.read_text())["teacher_score"] for path in tmp_path.rglob("results.json")}
+    assert len(scores) == 1 and not [path for path in (tmp_path / "runs" / "teacher-cache").rglob("*.*") if path.suffix != ".pt"]
 
 
 def test_a_warm_cache_needs_no_teacher(tmp_path, models, monkeypatch):
