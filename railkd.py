@@ -33,7 +33,6 @@ from torch import nn
 # B batch, L padded tokens, d_s / d_t hidden width of student / teacher, n teacher blocks, m student slots,
 # k teacher vectors, u projection width, C classes. hidden_states[0] is the embedding output, hidden_states[i]
 # the output of block i. The last block is left out on both sides: layers 1..m meet layers of 1..n-1.
-
 def unit(vectors):
     return F.normalize(vectors, dim=-1)                             # length 1
 
@@ -50,9 +49,8 @@ def first_token(hidden, mask):
     return mean_pool(hidden, mask.bool() & (mask.bool().cumsum(1) == 1))
 
 def sample_layers(num_layers, k, seed, epoch):
-    """RAIL-KD's draw (section 3): k of the layers 1..num_layers-1 without replacement, sorted, all subsets
-    equally likely. A function of its arguments alone, so the same on every rank and after a restart; no
-    global generator is read or moved. ValueError where k layers are not to be had."""
+    """RAIL-KD's draw (section 3): k of the layers 1..num_layers-1, sorted, all subsets equally likely; a
+    function of its arguments alone, no global generator. ValueError where k layers are not to be had."""
     if not 1 <= k <= num_layers - 1:
         raise ValueError(f"cannot draw k = {k} intermediate layers from num_layers = {num_layers} blocks")
     return sorted(random.Random(f"layers {seed} {epoch}").sample(range(1, num_layers), k))
@@ -69,9 +67,8 @@ def select_layers(name, num_layers, k, seed=0, epoch=0):
             "permuted": random.Random(f"order {seed}").sample(skip, k)}[name]       # the same in every epoch
 
 def kd_loss(logits_s, logits_t, temperature):
-    """T^2 KL(teacher || student) of the softened predictions, mean over the batch (Hinton et al., 2014).
-    (B, C), (B, C) -> scalar in 32 bits; C = 1 (regression): mean squared error, no temperature. The teacher
-    gets no gradient. ValueError for other shapes or a temperature that is not positive."""
+    """T^2 KL(teacher || student), mean over the batch (Hinton et al., 2014): (B, C), (B, C) -> scalar in 32
+    bits; C = 1 (regression): mean squared error. ValueError for other shapes and T <= 0."""
     if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
         raise ValueError(f"need (B, C) twice, T > 0: {[*logits_s.shape]}, {[*logits_t.shape]}, {temperature}")
     logits_s, logits_t = logits_s.float(), logits_t.detach().float()
@@ -102,12 +99,10 @@ class Distance(nn.Module):
     """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits, always.
 
     Both sides are cut into pieces (one for each slot: layers side by side), mapped, and compared (`term`).
-    With proj_dim `proj_s` and `proj_t` map both sides to it; without, `proj_s` maps up to the teacher's width
-    where widths differ: one nn.Linear (shared) or an nn.ModuleList. start "ridge": `fit`, called once before
-    training, puts the student's map at the least-squares solution; "random": as drawn. teacher_proj "frozen":
-    cannot collapse; "trained": literal. alpha: the pieces' weights, 1 in the paper. ValueError for bad shapes
-    and options, RuntimeError for a missing fit."""
-
+    With proj_dim `proj_s`, `proj_t` map both sides to it; without, `proj_s` maps up to the teacher's width if
+    widths differ: one nn.Linear (shared) or an nn.ModuleList. start "ridge": `fit`, called once, puts the
+    student's map at the least-squares solution; "random": as drawn. teacher_proj "trained": literal. alpha:
+    the pieces' weights (paper: 1). ValueError for bad shapes and options, RuntimeError for a missing fit."""
     def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, bias=True,
                  teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None):
         super().__init__()
@@ -182,7 +177,6 @@ def _apply(maps, inputs):
 
 class LayerwiseDistance(Distance):
     """RAIL-KD^l, Eq. 2, in [0, 4 sum alpha]. shared: one pair of maps for all slots, or one for each."""
-
     def __init__(self, d_s, d_t, num_slots, proj_dim=128, shared=True, **options):
         super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=shared, **options)
         if self.shape_t[0] != num_slots:
@@ -195,13 +189,11 @@ class LayerwiseDistance(Distance):
 
 class DirectDistance(LayerwiseDistance):
     """PKD (Sun et al., 2019): Eq. 2 without maps; where d_s != d_t each slot maps the student up to d_t."""
-
     def __init__(self, d_s, d_t, num_slots, proj_dim=None, shared=False, **options):
         super().__init__(d_s, d_t, num_slots, proj_dim, shared, **options)
 
 class ConcatDistance(Distance):
     """RAIL-KD^c, Eq. 3, in [0, 4]: the slots side by side, maps (m d_s x u) and (k d_t x u), one distance."""
-
     def __init__(self, d_s, d_t, num_slots, proj_dim=128, **options):
         super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=True, num_pieces=1, **options)
 
@@ -213,7 +205,6 @@ class AttentionDistance(Distance):
     """ALP-KD (Passban et al., 2021): mean squared error of each slot and its own mix of the teacher's layers.
     a_ik = softmax_k <s_i, t_k>, target_i = sum_k a_ik t_k; products unscaled, as in the original (recalled).
     `weights` (B, m, k): a of the last call. Where d_s != d_t each slot maps the student up to d_t."""
-
     def pieces(self, pooled):
         return list(pooled.unbind(1))
 
@@ -231,16 +222,13 @@ class ContrastiveDistance(ConcatDistance):
     """CoDIR (Sun et al., 2020) as InfoNCE: after the maps of Eq. 3, the teacher's vector t has to tell its
     own example's student vector s from others of a memory bank: cross-entropy of <t, .> / temperature.
 
-    The bank keeps unit(momentum bank + (1 - momentum) s) for each of `num_examples` training rows, updated in
-    training mode alone. Takes index= (B,), row numbers (else ValueError), and labels= (B,), known from a
-    row's first batch on. Negatives, drawn with replacement by torch's global generator, are rows of another
-    known label, or all other rows where there are none or labels are float (regression) or None."""
-
+    The bank keeps unit(momentum bank + (1 - momentum) s) of `num_examples` training rows, updated in training
+    mode alone. Takes index= (B,), row numbers (else ValueError), and labels= (B,), known from a row's first
+    batch on. Negatives, drawn with replacement by torch's global generator: rows of another known label, or
+    all other rows where there are none or labels are float (regression) or None."""
     def __init__(self, d_s, d_t, num_slots, num_examples, proj_dim=128, num_negatives=100, temperature=0.07,
                  momentum=0.5, teacher_proj="trained", **options):
         super().__init__(d_s, d_t, num_slots, proj_dim, teacher_proj=teacher_proj, **options)
-        if num_examples < 2:
-            raise ValueError(f"a memory bank needs num_examples >= 2, got {num_examples}")
         self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
         self.register_buffer("bank", unit(torch.randn(num_examples, proj_dim)))
         self.register_buffer("bank_labels", torch.full((num_examples,), -1))        # -1: unknown
@@ -292,9 +280,8 @@ class IntermediateLoss(nn.Module):
     ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar. hidden_states: of `output_hidden_states`,
     blocks + 1 tensors (B, L, d); masks (B, L), or None where nothing is padded; L may differ. Pooled already:
     ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's; options go to the distance.
-    Its trainable parameters belong in the optimizer. `.layers_s`, `.layers_t`: the layers in use. ValueError
-    for unknown names, impossible layers, wrong shapes; RuntimeError before the draw or the fit."""
-
+    Its parameters belong in the optimizer. `.layers_s`, `.layers_t`: in use. ValueError for unknown names,
+    impossible layers, wrong shapes; RuntimeError before the draw or the fit."""
     def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
                  **distance_options):
         super().__init__()
@@ -336,8 +323,6 @@ class IntermediateLoss(nn.Module):
         """The ridge start, from an iterable of (hidden_states_s, mask_s, hidden_states_t, mask_t)."""
         pooled = [(self.pool("s", h_s, mask_s), self.pool("t", h_t, mask_t, range(1, self.blocks["t"])))
                   for h_s, mask_s, h_t, mask_t in batches]
-        if not pooled:
-            raise ValueError("fit got no batches")
         self.distance.fit(*map(torch.cat, zip(*pooled)), chances=self.chances())
 
     def chances(self):
@@ -349,10 +334,10 @@ class IntermediateLoss(nn.Module):
                              for i in range(1, m + 1)])
 
 # =========================================================================== end of the method, now the run
-
 TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"]), "cola": ["matthews"],
          **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
 WEIGHTS = {"none": (1.0, 0.0, 0.0), "kd": (0.5, 0.5, 0.0)}          # CE, KD, ILD; all others 1/3 each (Eq. 4)
+NO_SETTINGS = ("overwrite", "report", "device", "output_dir", "teacher_cache")      # change no result
 RANK, WORLD = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))       # of torchrun
 ADVICE = "no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
 
@@ -378,11 +363,9 @@ def toy_model(folder, layers, width):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] the is not but".split()
     words += [f"noun{i}" for i in range(20)] + [f"word{i}" for i in range(60)]
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(vocab_size=len(words), hidden_size=width, num_hidden_layers=layers,
-                                       num_attention_heads=4, intermediate_size=2 * width))
-    if RANK == 0:
-        model.save_pretrained(folder)
-        (folder / "vocab.txt").write_text("\n".join(words))
+    BertForMaskedLM(BertConfig(vocab_size=len(words), hidden_size=width, num_hidden_layers=layers,
+                               num_attention_heads=4, intermediate_size=2 * width)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
     return str(folder)
 
 def load_splits(args):
@@ -390,22 +373,20 @@ def load_splits(args):
     from datasets import Dataset, load_dataset
     if args.task == "toy":
         return {x: Dataset.from_dict(toy_data(x, n)) for x, n in (("train", 3000), ("validation", 1000))}
-    if args.train_file:
-        return {"train": load_file(args.train_file), "validation": load_file(args.validation_file)}
-    if not args.data_root:
+    if args.data_root and not args.train_file:
+        folder = Path(args.data_root, "nyu-mll", "glue", args.task)
+        names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
+        return load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
+    if not args.train_file:
         return load_dataset("nyu-mll/glue", args.task)
-    folder = Path(args.data_root, "nyu-mll", "glue", args.task)
-    names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
-    return load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
-
-def load_file(path):
-    from datasets import load_dataset
-    csv, kind = {"keep_default_na": False}, Path(path).suffix.lower()
-    kinds = {".csv": ("csv", csv), ".tsv": ("csv", {**csv, "sep": "\t"}), ".parquet": ("parquet", {}),
-             ".json": ("json", {}), ".jsonl": ("json", {})}
-    if kind not in kinds or not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is no csv, tsv, json, jsonl or parquet file")
-    return load_dataset(kinds[kind][0], data_files=path, split="train", **kinds[kind][1])
+    splits, csv = {}, {"path": "csv", "keep_default_na": False}
+    readers = {".csv": csv, ".tsv": {**csv, "sep": "\t"}, ".json": {"path": "json"},
+               ".jsonl": {"path": "json"}, ".parquet": {"path": "parquet"}}
+    for split, path in (("train", args.train_file), ("validation", args.validation_file)):
+        if Path(path).suffix.lower() not in readers or not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is no file {', '.join(readers)}")
+        splits[split] = load_dataset(**readers[Path(path).suffix.lower()], data_files=path, split="train")
+    return splits
 
 def load_data(args):
     """texts {split: [column, ..]}, labels {split: (N,)}, names (None: regression), metrics, dev splits."""
@@ -442,7 +423,6 @@ def load_data(args):
 
 class Side:
     """A model, teacher or student, with its own tokenizer and so its own tokens of every split."""
-
     def __init__(self, role, name, data, args):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         names = dict(enumerate(data.names or ["score"]))
@@ -480,9 +460,9 @@ class Side:
             from datasets import Dataset
             takes = inspect.signature(self.model.forward).parameters    # DistilBERT takes no token_type_ids
             longest = min(self.args.max_length, self.tokenizer.model_max_length)
-            encode = lambda texts: self.tokenizer(*dict(texts).values(), truncation=True, max_length=longest)
+            tokenize = lambda x: self.tokenizer(*x.values(), truncation=True, max_length=longest).items()
             texts = Dataset.from_dict({str(i): column for i, column in enumerate(self.texts[split])})
-            tokens = texts.map(lambda x: {k: v for k, v in encode(x).items() if k in takes}, batched=True,
+            tokens = texts.map(lambda x: {k: v for k, v in tokenize(dict(x)) if k in takes}, batched=True,
                                remove_columns=texts.column_names, new_fingerprint=split)
             self.tokens[split] = tokens, torch.tensor([*map(len, tokens["input_ids"])])
         return self.tokens[split]
@@ -513,11 +493,9 @@ class Table:
     """What the frozen teacher says of a split, by example: logits, pooled vectors of the layers 1..n-1.
 
     Made once, in parts of 8,192 examples, each written under a name of its own and renamed when whole; parts
-    that exist are skipped. The folder is named by all that the content depends on: weights, tokenizer, texts,
-    maximum length, pooling, precision. cache "off": nothing is kept, the teacher runs in every step."""
-
+    that exist are skipped. The folder's name tells all that they depend on. cache "off": the teacher runs in
+    every step."""
     PART = 8192
-
     def __init__(self, teacher, split, pool, cache):
         self.teacher, self.split, self.pool = teacher, split, pool
         content = [1, teacher.texts[split], teacher.args.max_length, pool.__name__, str(teacher.args.dtype),
@@ -573,12 +551,11 @@ def make_optimizer(params, args):
     return torch.optim.AdamW(groups, lr=args.lr, fused=args.device.type in ("cpu", "cuda"))
 
 class Objective(nn.Module):
-    """What is trained, and Eq. 4: rows (B,) -> CE, KD and ILD (3,); 0 for what the method does not have."""
-
-    def __init__(self, student, labels, table, ild, temperature):
+    """What is trained, and Eq. 4: rows (B,) -> (4,), the loss and its terms CE, KD, ILD (0: not in use)."""
+    def __init__(self, student, labels, table, ild, args):
         super().__init__()
-        self.student, self.labels, self.table, self.temperature = student, labels, table, temperature
-        self.model, self.ild = student.model, ild
+        self.student, self.labels, self.table, self.args = student, labels, table, args
+        self.model, self.ild, self.weights = student.model, ild, torch.tensor(args.weights).to(args.device)
 
     def forward(self, rows):
         logits_s, hidden_s, mask_s = self.student("train", rows)
@@ -589,39 +566,44 @@ class Objective(nn.Module):
         kd = inter = torch.zeros_like(ce)
         if self.table:
             logits_t, pooled_t = self.table(rows, self.ild.layers_t if self.ild else [])
-            kd = kd_loss(logits_s, logits_t, self.temperature)
+            kd = kd_loss(logits_s, logits_t, self.args.temperature)
         if self.ild:
             pooled_s = self.ild.pool("s", hidden_s, mask_s)
             inter = self.ild.distance(pooled_s, pooled_t, index=index, labels=labels)
-        return torch.stack([ce, kd, inter])
+        terms = torch.stack([ce, kd, inter])
+        return torch.cat([(self.weights * terms).sum()[None], terms])
 
 def train(student, data, args, folder, tables=None, ild=None):
-    """Train on Eq. 4. folder/model holds the best epoch, folder/log.jsonl the history, which is returned."""
+    """Train -> history. In folder: model, the best epoch; log.jsonl; checkpoint.pt, to go on after a stop."""
     from transformers import get_linear_schedule_with_warmup
-    labels = data.labels["train"].to(args.device)
-    objective = Objective(student, labels, tables and tables["train"], ild, args.temperature)
+    labels, lengths = data.labels["train"].to(args.device), student.encode("train")[1]
+    objective = Objective(student, labels, tables and tables["train"], ild, args)
+    net = objective if WORLD == 1 else nn.parallel.DistributedDataParallel(
+        objective, broadcast_buffers=False, find_unused_parameters=True)
     params = [p for p in objective.parameters() if p.requires_grad]
     optimizer, size = make_optimizer(params, args), args.batch_size * args.grad_accumulation * WORLD
     steps = args.epochs * math.ceil(len(labels) / size)
     schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    terms = objective if WORLD == 1 else nn.parallel.DistributedDataParallel(
-        objective, broadcast_buffers=False, find_unused_parameters=True)
-    alike, weights = watch(student, tables, ild, data)["cosine_s"], torch.tensor(args.weights).to(args.device)
-    history, start = [], time.perf_counter()
+    alike, start = watch(student, tables, ild, data)["cosine_s"], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)
-    for epoch in range(1, args.epochs + 1):
+    state = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    history = resume(folder / "checkpoint.pt", state, args)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        best = max(history, key=lambda row: row["score"], default=None)             # of equal ones the first
+        if best and epoch - best["epoch"] > args.patience:
+            print(f"stopped: nothing better for {args.patience} epochs", flush=True)
+            break
         if ild:
             ild.set_epoch(epoch)
         objective.train()
         sums, began = torch.zeros(4, device=args.device), time.perf_counter()
-        for group in progress(batches(student.encode("train")[1], size, args.seed, epoch), f"epoch {epoch}"):
+        for group in progress(batches(lengths, size, args.seed, epoch), f"epoch {epoch}"):
             for rows, share in shards(group, args.batch_size):      # the loss is the mean over the group
-                values = terms(rows)
-                loss = (weights * values).sum()
-                scaler.scale(loss * share * WORLD).backward()       # several processes: the mean of theirs
-                sums += torch.cat([loss[None], values]).detach() * share * len(group)
+                losses = net(rows)
+                scaler.scale(losses[0] * share * WORLD).backward()  # several processes: the mean of theirs
+                sums += losses.detach() * share * len(group)
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, 1.0)
             scaler.step(optimizer)
@@ -632,27 +614,54 @@ def train(student, data, args, folder, tables=None, ild=None):
         seconds, (loss, ce, kd, inter) = time.perf_counter() - began, sums.tolist()
         need(math.isfinite(loss), f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr?")
         metrics = evaluate(lambda split: predict(student, split), data)
-        row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce,
-               "kd": kd if tables else None, "ild": inter if ild else None,
-               **watch(student, tables, ild, data), "seconds": seconds,
+        row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce, "kd": tables and kd,
+               "ild": ild and inter, **watch(student, tables, ild, data), "seconds": seconds,
                "examples_per_s": len(labels) / seconds, "score": metrics[data.metrics[0]], "metrics": metrics}
-        history.append(row)
-        best = max(history, key=lambda row: row["score"])           # of equal ones the first
-        if RANK == 0:
-            if best is row:
-                save(student, folder / "model")
-            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        history, better = [*history, row], not best or row["score"] > best["score"]
+        if better and RANK == 0:
+            save(student, folder / "model")
+        keep(folder, state, args, history)
         print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-                if v is not None), "*" * (best is row), sep="  ", flush=True)       # *: the best so far
+                if v is not None), "*" * better, sep="  ", flush=True)              # *: the best so far
         if epoch == 1:
             print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
         if alike is not None and 1 - row["cosine_s"] < 0.1 * (1 - alike):
-            print(f"WARNING: the student collapses: mean cosine of different examples {row['cosine_s']:.3f}, "
-                  f"{alike:.3f} before training", flush=True)
-        if epoch - best["epoch"] >= args.patience:
-            print(f"stopped: nothing better for {args.patience} epochs", flush=True)
-            break
+            print(f"WARNING: the student collapses: cosine_s was {alike:.3f} before training", flush=True)
     return history
+
+def settings(args):
+    """What the results depend on, in the types that a file holds."""
+    return {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items() if k not in NO_SETTINGS}
+
+def keep(folder, state, args, history):
+    """The log, and all that the next epoch depends on, put in its place when it is whole."""
+    content = {name: part.state_dict() for name, part in state.items()} | {"history": history}
+    content["random"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all())
+    content["args"] = settings(args) | {"processes": WORLD}
+    if RANK == 0:
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        with open(folder / "checkpoint.partial", "wb") as file:
+            torch.save(content, file)
+            os.fsync(file.fileno())
+        (folder / "checkpoint.partial").replace(folder / "checkpoint.pt")
+
+def resume(path, state, args):
+    """Puts everything back as it was kept -> the history so far. UserError: damaged, or another command's."""
+    if not path.exists():
+        return []
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is damaged: delete it, and this phase starts anew ({error})") from error
+    now = settings(args) | {"processes": WORLD}
+    changed = [k for k in now if now[k] != content["args"].get(k)]
+    need(not changed, f"{path} is of a run with other {', '.join(changed)}: pass the same, or delete it")
+    for name, part in state.items():
+        part.load_state_dict(content[name])
+    torch.set_rng_state(content["random"][RANK][0])
+    torch.cuda.set_rng_state_all(content["random"][RANK][1])
+    print(f"resumed after epoch {len(content['history'])}", flush=True)
+    return content["history"]
 
 def shards(group, size):
     """This process's rows of a group, at most `size` at a time -> (rows, their share of the group) each. All
@@ -708,10 +717,10 @@ def mean_cosine(pooled):
 def watch(student, tables, ild, data):
     """How alike the student's states and the mapped vectors are, on up to 256 fixed dev examples."""
     pooled_s = student.map(data.dev[0], data.watched, ild.pool_tokens if ild else mean_pool)[1]
-    spreads = None, None
+    sides = []
     if ild and ild.layers_t and ild.distance.proj_s is not None:
         sides = ild.distance.project(pooled_s, tables[data.dev[0]](data.watched, ild.layers_t)[1])
-        spreads = [sum(map(spread, side)) / len(side) for side in sides]
+    spreads = [sum(map(spread, side)) / len(side) for side in sides] or [None, None]
     return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": mean_cosine(pooled_s)}
 
 def save(side, folder):
@@ -734,7 +743,7 @@ def prepare_teacher(student, data, args, work):
     need(not args.weights[2] or student.blocks <= teacher.blocks,
          f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
     if not teacher.ready:
-        print(f"teacher  {teacher.title} has no head for the task: fine-tuned first, for {folder}", flush=True)
+        print(f"teacher  {teacher.title} has no head for the task: fine-tuned first for {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
                   "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0),    # batch 32, whatever the student's
                   "batch_size": min(32, args.batch_size),
@@ -742,6 +751,7 @@ def prepare_teacher(student, data, args, work):
         train(teacher, data, argparse.Namespace(**vars(args) | tuning), work)
         if RANK == 0 and not folder.exists():                       # or another run was faster
             work.rename(folder)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         gather()
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
     teacher.model.eval().requires_grad_(False)
@@ -782,8 +792,7 @@ def make_loss(student, teacher, table, args):
     size, kind = len(student.texts["train"][0]), DISTANCES[args.distance or METHODS[args.method][1]]
     given = {x: vars(args)[x] for x in ("proj_dim", "teacher_proj", "start", "shared")}
     options = {x: value for x, value in given.items() if value is not None}
-    if "num_examples" in inspect.signature(kind).parameters:
-        options["num_examples"] = size
+    options |= {"num_examples": size} if "num_examples" in inspect.signature(kind).parameters else {}
     torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
     try:
         ild = IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
@@ -798,8 +807,7 @@ def make_loss(student, teacher, table, args):
 
 def run(args):
     """All that the command line asks for, from the data to the finished student -> the results."""
-    where = ("overwrite", "report", "device", "output_dir", "teacher_cache")
-    config = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in where}
+    config = settings(args)
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
     folder = Path(args.output_dir, args.task, name)
     if (folder / "results.json").exists() and not args.overwrite:
@@ -821,14 +829,15 @@ def run(args):
     if args.weights[2]:
         ild = make_loss(student, teacher, tables["train"], args)
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
-    sizes = ", ".join(f"{len(x)} {split}" for split, x in data.labels.items())
     print(f"student  {student.title}\n"
-          f"data     {args.task}: {sizes}; {data.metrics[0]} on {data.dev[0]} selects the epoch\n"
+          f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
+          f"{data.metrics[0]} on {data.dev[0]} selects the epoch\n"
           f"method   {name}; layers {pairs}; CE, KD, ILD weigh {' '.join(f'{w:.2g}' for w in args.weights)}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
           f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
-    if RANK == 0:
-        (folder / "results.json").unlink(missing_ok=True)           # it would not tell of the model beside it
+    if RANK == 0 and (folder / "results.json").exists():            # --overwrite: nothing of it is used
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / "results.json").unlink()
     history = train(student, data, args, folder, tables, ild)
     best = max(history, key=lambda row: row["score"])
     results = {
@@ -843,6 +852,7 @@ def run(args):
     if RANK == 0:
         (folder / "results.partial").write_text(json.dumps(results, indent=1))
         (folder / "results.partial").rename(folder / "results.json")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
     return close(results)
@@ -909,12 +919,11 @@ def set_up(args):
 
 def number(kind, low, high=math.inf):
     """A type for argparse: int or float within [low, high]."""
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
         return kind(text)
-    parse.__name__ = kind.__name__                                  # for argparse's "invalid int value"
-    return parse
+    return number
 
 def triple(text):
     values = tuple(map(number(float, 0, 1e6), text.split(",")))
@@ -926,8 +935,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n" * (RANK == 0))
-    add, count, share = parser.add_argument, number(int, 1), number(float, 0, 1)
-    seed = number(int, 0, 2 ** 63 - 1)
+    count, share, seed = number(int, 1), number(float, 0, 1), number(int, 0, 2 ** 63 - 1)
+    add, both = parser.add_argument, argparse.BooleanOptionalAction
     add("--task", help=f"{', '.join(TASKS)} (no download); with --train-file any other name")
     add("--method", default="rail-c", choices=METHODS, metavar="M", help=", ".join(METHODS))
     add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
@@ -950,8 +959,7 @@ def parse(argv=None):
     add("--proj-dim", type=count, help="width u of the maps; paper: 128")
     add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
     add("--start", choices=("ridge", "random"), help="student's map: least squares, our choice, or as drawn")
-    add("--shared-proj", action=argparse.BooleanOptionalAction, dest="shared",
-        help="rail-l: one pair of maps for all slots, our choice, or one for each")
+    add("--shared-proj", action=both, dest="shared", help="rail-l: one pair of maps for all; our choice")
     add("--max-length", type=number(int, 4), default=128, help="tokens; our choice")
     add("--max-train-examples", type=count, default=10 ** 9, help="random subset for all seeds; our choice")
     add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds")
@@ -985,6 +993,8 @@ def main(argv=None):
         parser.error(" ".join(str(error).split()))
     except OSError as error:                                        # full disk, unwritable folder
         parser.exit(1, f"railkd.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "railkd.py: stopped; the same command goes on after the last finished epoch\n")
 
 if __name__ == "__main__":
     main()

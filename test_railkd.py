@@ -620,6 +620,69 @@ def test_same_seed_same_numbers(tmp_path, models):
     assert one["teacher_score"] == other["teacher_score"]
 
 
+def bits(results):
+    """All that must not depend on an interruption: the history without timings, the student's weights."""
+    from safetensors.torch import load_file
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_s")} for row in results["history"]]
+    return rows, results["best_epoch"], {k: v.tolist() for k, v in load_file(Path(results["model"]) / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("method", ["rail-c", "codir"])
+@pytest.mark.parametrize("phase", ["teacher", "student"])
+def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, monkeypatch, method, phase):
+    """Killed after an epoch of either phase. Catches a random state, a memory bank, a schedule, a best score that is lost."""
+    args = command(tmp_path, models, "--method", method, "--teacher-epochs", "2", "--epochs", "4", "--lr", "0.003")
+    whole = R.main(args)
+    again, keep = [*args, "--output-dir", str(tmp_path / "again")], R.keep
+
+    def kill(folder, *more):
+        keep(folder, *more)
+        if (folder.name == "teacher") == (phase == "teacher") and len(more[2]) == (1 if phase == "teacher" else 2):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(R, "keep", kill)
+    with pytest.raises(SystemExit) as stop:              # Ctrl-C
+        R.main(again)
+    assert stop.value.code == 130
+    monkeypatch.setattr(R, "keep", keep)
+    torch.manual_seed(99), random.seed(99)               # another process has other random states
+    assert len([*tmp_path.rglob("checkpoint.pt")]) == 1
+    assert bits(R.main(again)) == bits(whole) and not [*tmp_path.rglob("checkpoint*")]
+
+
+def test_a_run_killed_with_sigkill_goes_on(tmp_path, models, capsys):
+    """A real process, killed at whatever it does after its second epoch."""
+    args = command(tmp_path, models, "--epochs", "12", "--patience", "12", "--lr", "0.003")
+    run = subprocess.Popen([sys.executable, str(HERE / "railkd.py"), *args], stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("epoch 2 ") and "layers_t" in line:
+            break
+    run.kill()
+    run.wait()
+    assert not [*tmp_path.rglob("results.json")]
+    resumed = R.main(args)
+    assert "resumed after epoch" in capsys.readouterr().out
+    whole = R.main([*args, "--overwrite"])
+    assert "resumed" not in capsys.readouterr().out and bits(resumed) == bits(whole)
+
+
+def test_a_checkpoint_of_another_command_is_refused(tmp_path, models, monkeypatch, capsys):
+    args, keep = command(tmp_path, models), R.keep
+    monkeypatch.setattr(R, "keep", lambda folder, *more: keep(folder, *more) or folder.name == "teacher" or sys.exit(9))
+    with pytest.raises(SystemExit):
+        R.main(args)
+    monkeypatch.setattr(R, "keep", keep)
+    path = next(tmp_path.rglob("checkpoint.pt"))
+    for wrong, message in (["--lr", "0.5"], "other lr: pass the same"), ([], "damaged: delete it"):
+        if not wrong:
+            path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(SystemExit) as stop:
+            R.main([*args, *wrong])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and str(path) in error and error.count("\n") == 1
+    path.unlink()
+    assert R.main(args)["best_score"] >= 0
+
+
 def side_and_data(tmp_path, models, *more):
     args = R.parse(command(tmp_path, models, *more))[1]
     R.set_up(args)
