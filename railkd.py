@@ -621,8 +621,9 @@ def train(student, data, args, folder, tables=None, ild=None):
         if better and RANK == 0:
             save(student, folder / "model")
         keep(folder, state, args, history)
-        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-                if v is not None), "*" * better, sep="  ", flush=True)              # *: the best so far
+        shown = [*row.items()][:6] + [*metrics.items(), ("seconds", seconds)]
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown if v is not None),
+              "*" * better, sep="  ", flush=True)                   # *: the best so far
         if epoch == 1:
             print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
         if alike is not None and 1 - row["cosine_s"] < 0.1 * (1 - alike):
@@ -858,7 +859,6 @@ def run(args):
     return close(results)
 
 def close(results):
-    """The closing lines -> the results."""
     for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
         if score is not None:
             print(f"{side}  {results['metric']} {score:.4f}, {results[f'params_{side[0]}'] / 1e6:.2f} M "
