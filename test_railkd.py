@@ -833,10 +833,10 @@ def test_a_changed_teacher_text_length_or_pooling_has_a_cache_of_its_own(tmp_pat
 
 @pytest.mark.parametrize("method", ["rail-c", "codir"])
 def test_two_processes_do_what_one_does(tmp_path, models, method):
-    """torchrun, gloo: 16 steps on 121 examples, so the last group has 9 and the shards are unequal; 51 to evaluate. The
+    """torchrun, gloo: 16 steps on 113 examples, so the last group has 1 and a process without rows; 51 to evaluate. The
     tolerance: sums in another order differ in the last bits, which AdamW's first steps turn into parts of lr = 1e-3."""
     from safetensors.torch import load_file
-    files = ["--train-file", write_table(tmp_path / "train.csv", rows_of(121)), "--validation-file",
+    files = ["--train-file", write_table(tmp_path / "train.csv", rows_of(113)), "--validation-file",
              write_table(tmp_path / "dev.csv", rows_of(51, seed=1))]
     shared = [*files, *calm_models(tmp_path, models), "--method", method, "--epochs", "2", "--lr", "0.001", "--seed", "3"]
     one = R.main([*shared, "--batch-size", "16", "--output-dir", str(tmp_path / "one")])
@@ -1132,7 +1132,8 @@ def test_a_student_deeper_than_its_teacher_is_refused(tmp_path, models, capsys):
 
 def python(*args, cwd=HERE, **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.run([sys.executable, *args], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *args], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True,
+                          timeout=150)         # a hang is a failure
 
 
 def test_importing_costs_torch_alone(tmp_path):
