@@ -1017,28 +1017,28 @@ def test_label_order_is_found(order):
 
 
 def test_teacher_with_its_labels_in_another_order_is_refused(tmp_path, models, capsys):
-    """Catches distilling against the labels; the whole way, with a teacher whose head answers the other way round."""
+    """Catches distilling against the labels, and the inverse order: the whole way, with a head of three turned by one."""
     from transformers import AutoModelForSequenceClassification
-    root = make_glue(tmp_path / "hub", "sst2", ("negative", "positive"), ("train", "validation"), size=90)
-    common = ["--task", "sst2", "--data-root", root, "--device", "cpu"]
-    made = R.main([*common, "--student", models[1], "--teacher", models[1], "--method", "none", "--epochs", "12", "--lr",
-                   "0.01", "--output-dir", str(tmp_path / "t")])
+    root = make_glue(tmp_path / "hub", splits=("train", "validation_matched"), size=90)
+    common = ["--task", "mnli", "--data-root", root, "--device", "cpu"]
+    made = R.main([*common, "--student", models[1], "--teacher", models[1], "--method", "none", "--epochs", "40",
+                   "--patience", "40", "--lr", "0.003", "--output-dir", str(tmp_path / "t")])
     assert made["best_score"] > 0.9
     teacher = AutoModelForSequenceClassification.from_pretrained(made["model"])
     head = teacher.classifier
-    head.weight.data, head.bias.data = head.weight.data.flip(0), head.bias.data.flip(0)
-    teacher.config.id2label = {i: f"LABEL_{i}" for i in range(2)}
+    head.weight.data, head.bias.data = head.weight.data.roll(-1, 0), head.bias.data.roll(-1, 0)
+    teacher.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
     teacher.save_pretrained(made["model"])
     args = [*common, "--teacher", made["model"], *models[2:4], "--epochs", "1", "--output-dir", str(tmp_path / "runs")]
     with pytest.raises(SystemExit) as stop:
         R.main(args)
-    assert stop.value.code == 2 and "--teacher-labels positive,negative" in capsys.readouterr().err
-    results = R.main([*args, "--teacher-labels", "positive,negative"])
-    assert results["teacher_score"] == made["best_score"]
-    mnli = ["--task", "mnli", "--data-root", make_glue(tmp_path / "hub"), *args[4:]]
-    with pytest.raises(SystemExit) as stop:              # two labels are not three
-        R.main(mnli)
-    assert stop.value.code == 2 and "knows 2 labels, the task has 3" in capsys.readouterr().err
+    own = "neutral,contradiction,entailment"             # what its answers 0, 1, 2 mean
+    assert stop.value.code == 2 and f"--teacher-labels {own}" in capsys.readouterr().err
+    assert R.main([*args, "--teacher-labels", own])["teacher_score"] == made["best_score"]
+    root = make_glue(tmp_path / "hub", "sst2", ("negative", "positive"), ("train", "validation"))
+    with pytest.raises(SystemExit) as stop:              # three labels are not two
+        R.main(["--task", "sst2", "--data-root", root, *args[4:]])
+    assert stop.value.code == 2 and "knows 3 labels, the task has 2" in capsys.readouterr().err
 
 
 def test_subset_of_the_training_data_does_not_depend_on_the_seed(tmp_path, models):
