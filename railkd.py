@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: MIT
 """RAIL-KD (arXiv 2109.10164) in one file: compress a fine-tuned encoder into a student of few layers.
 
-Besides the teacher's logits, the student matches the teacher's mean-pooled intermediate layers, and which of
-them is drawn at random, sorted, in every epoch. The term that does it is `IntermediateLoss`.
-
-    python railkd.py --task toy          no download, about a minute on a laptop
-    python railkd.py --task sst2         BERT-base -> DistilBERT on GLUE, as in the paper
-
-Measured (README): SST-2, 4,000 examples, 12 x 768 -> 6 x 384, 3 epochs, n = 1: teacher 90.9, none 85.7,
-kd 85.8, rail-l 86.6, rail-c 85.8 (2 CPU cores, torch 2.13). The paper's tables: not reproduced yet.
+Besides the teacher's logits, the student matches the teacher's mean-pooled intermediate layers; which of them
+is drawn at random, sorted, in every epoch: `IntermediateLoss`. python railkd.py --task toy needs no download,
+--task sst2 is BERT-base -> DistilBERT as in the paper. Measured (README): SST-2, 4,000 examples, 12 x 768 to
+6 x 384, 3 epochs, n = 1: teacher 90.9, none 85.7, kd 85.8, rail-l 86.6, rail-c 85.8 (2 cores, torch 2.13).
 """
 import argparse
 import hashlib
@@ -18,6 +14,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import urllib.request
@@ -29,10 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 # ================================================================================================ the method
-# To "end of the method" torch is all that is needed: import it, or copy it with math and random.
-# B batch, L padded tokens, d_s / d_t hidden width of student / teacher, n teacher blocks, m student slots,
-# k teacher vectors, u projection width, C classes. hidden_states[0] is the embedding output, hidden_states[i]
-# the output of block i. The last block is left out on both sides: layers 1..m meet layers of 1..n-1.
+# To "end of the method" torch is all that is needed: import it, or copy it with math and random. B batch, L
+# tokens, d_s, d_t width of student, teacher, n teacher blocks, m student slots, k teacher vectors, u width of
+# maps, C classes; hidden_states[0] is the embedding output, [i] that of block i: 1..m meet some of 1..n-1.
 def unit(vectors):
     return F.normalize(vectors, dim=-1)                             # length 1
 
@@ -87,8 +83,7 @@ def ridge(x, y, center=True, penalty=0.1):
     weight = torch.linalg.solve(gram, x.T @ y).T
     return weight, mean_y - weight @ mean_x
 
-def gather(*values):
-    """The values of every process of torch.distributed, in order, tensors on the CPU; alone: just these."""
+def gather(*values):                                   # those of all processes of torch.distributed, in order
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [values]
     parts = [None] * torch.distributed.get_world_size()
@@ -134,8 +129,7 @@ class Distance(nn.Module):
         """sum_i alpha_i |unit(z_t,i) - unit(z_s,i)|^2, mean over the batch (Eq. 2 and 3)."""
         return sum(a * (unit(t) - unit(s)).square().sum(-1).mean() for a, s, t in zip(self.alpha, z_s, z_t))
 
-    def project(self, pooled_s, pooled_t):
-        """Both sides after their maps: two lists of (B, width). The teacher's vectors get no gradient."""
+    def project(self, pooled_s, pooled_t):                          # after the maps: two lists of (B, width)
         if pooled_s.shape[1:] != self.shape_s or pooled_t.shape != (len(pooled_s), *self.shape_t):
             raise ValueError(f"need pooled vectors (B, *{self.shape_s}) and (B, *{self.shape_t}): "
                              f"got {[*pooled_s.shape]} and {[*pooled_t.shape]}")
@@ -165,8 +159,7 @@ class Distance(nn.Module):
             linear.load_state_dict({"weight": weight, "bias": bias} if self.bias else {"weight": weight})
         self.fitted.fill_(True)
 
-    def targets(self, pooled_t, chances):
-        """What the student's maps should hit, (N, width) each: the unit target of the expected vectors."""
+    def targets(self, pooled_t, chances):                           # what maps should hit: (N, width)
         expected = torch.einsum("kl,nld->nkd", chances, pooled_t)
         return [unit(z) for z in _apply(self.proj_t, self.pieces(expected))]
 
@@ -181,8 +174,7 @@ class LayerwiseDistance(Distance):
         if self.shape_t[0] != num_slots:
             raise ValueError(f"{num_slots} slots need as many teacher layers, not {self.shape_t[0]}")
 
-    def targets(self, pooled_t, chances):
-        """Slot i: the mean of the layers' unit vectors under its map, each as likely as it is drawn."""
+    def targets(self, pooled_t, chances):                           # mean of the layers' unit vectors
         z = [_apply(self.proj_t, [layer] * len(chances)) for layer in pooled_t.unbind(1)]   # (K, m) of (N, u)
         return [sum(p * unit(z_l[i]) for p, z_l in zip(row, z)) for i, row in enumerate(chances)]
 
@@ -213,8 +205,7 @@ class AttentionDistance(Distance):
         self.weights = weights.detach()
         return F.mse_loss(s, weights @ t)
 
-    def targets(self, pooled_t, chances):
-        """No attention without a map yet: the mean of the layers, for every slot."""
+    def targets(self, pooled_t, chances):                           # no attention yet: the mean layer
         z_t = _apply(self.proj_t, self.pieces(torch.einsum("kl,nld->nkd", chances, pooled_t)))
         return [sum(z_t) / len(z_t)] * self.shape_s[0]
 
@@ -237,17 +228,17 @@ class ContrastiveDistance(ConcatDistance):
             raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
         s, t, device = unit(z_s[0]), unit(z_t[0]), self.bank.device                 # (B, u), (B, u)
         index = torch.as_tensor(index, device=device).long()                        # (B,)
-        regression = labels is None or labels.is_floating_point()
+        if labels is None or labels.is_floating_point():
+            labels = torch.full_like(index, -1)                     # none known
         with torch.no_grad():
-            kinds = torch.full_like(index, -1) if regression else labels.to(device).long()
+            kinds = labels.to(device).long()
             parts = gather(index, s, kinds) if self.training else [(index, s, kinds)]
             rows, vectors, known = (torch.cat([x.to(device) for x in column]) for column in zip(*parts))
             if self.training:
                 self.bank_labels[rows] = known
             allowed = torch.arange(len(self.bank), device=device) != index[:, None]                 # (B, N)
-            if not regression:
-                others = (self.bank_labels != kinds[:, None]) & (self.bank_labels >= 0)
-                allowed = torch.where(others.any(1, keepdim=True), others, allowed)
+            others = allowed & (self.bank_labels != kinds[:, None]) & (self.bank_labels >= 0)
+            allowed = torch.where(others.any(1, keepdim=True), others, allowed)
             negatives = self.bank[torch.multinomial(allowed.float(), self.num_negatives, replacement=True)]
             if self.training:
                 self.bank[rows] = unit(self.momentum * self.bank[rows] + (1 - self.momentum) * vectors)
@@ -259,27 +250,20 @@ DISTANCES = {"layerwise": LayerwiseDistance, "concat": ConcatDistance, "direct":
              "group": GroupDistance, "attention": AttentionDistance, "contrastive": ContrastiveDistance}
 POOLINGS = {"mean": mean_pool, "first": first_token, None: mean_pool}
 METHODS = {                                         # name: (selection of teacher layers, distance, pooling)
-    "none": (None, None, None),                     # fine-tuning, no teacher
-    "kd": (None, None, None),                       # logits alone
-    "pkd-skip": ("skip", "direct", "first"),
-    "pkd-last": ("last", "direct", "first"),
-    "ckd": ("all", "group", "mean"),
-    "alp-kd": ("all", "attention", "mean"),
-    "codir": ("all", "contrastive", "mean"),
-    "rail-l": ("random", "layerwise", "mean"),
-    "rail-c": ("random", "concat", "mean"),
-    "reverse": ("reverse", "direct", "mean"),
-    "all-to-one": ("middle", "direct", "mean"),
-    "permuted": ("permuted", "direct", "mean"),
-}
+    "none": (None, None, None), "kd": (None, None, None),           # no teacher; its logits alone
+    "pkd-skip": ("skip", "direct", "first"), "pkd-last": ("last", "direct", "first"),
+    "ckd": ("all", "group", "mean"), "alp-kd": ("all", "attention", "mean"),
+    "codir": ("all", "contrastive", "mean"), "rail-l": ("random", "layerwise", "mean"),
+    "rail-c": ("random", "concat", "mean"), "reverse": ("reverse", "direct", "mean"),
+    "all-to-one": ("middle", "direct", "mean"), "permuted": ("permuted", "direct", "mean")}
 
 class IntermediateLoss(nn.Module):
     """The intermediate term of a method, for any loop: which layers (selection) and how far (distance).
-    Before training ild.fit(batches), in every epoch ild.set_epoch(epoch), the draw, and in every step
-    ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar. hidden_states: of `output_hidden_states`,
-    blocks + 1 tensors (B, L, d); masks (B, L), or None where nothing is padded; L may differ. Pooled already:
-    ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's; options go to the distance.
-    Its parameters belong in the optimizer. `.layers_s`, `.layers_t`: in use. ValueError for unknown names,
+    Before training ild.fit(batches), in every epoch ild.set_epoch(epoch), the draw, in every step
+    ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar: blocks + 1 tensors (B, L, d), as of
+    `output_hidden_states`; masks (B, L), None where nothing is padded; L may differ. Pooled already:
+    ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's, options go to the distance.
+    `.layers_s`, `.layers_t` are in use; parameters belong in the optimizer. ValueError for unknown names,
     impossible layers, wrong shapes; RuntimeError before the draw or the fit."""
     def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
                  **distance_options):
@@ -298,8 +282,7 @@ class IntermediateLoss(nn.Module):
                                             **distance_options)
         self.layers_t = None if self.select == "random" else self.layers_t          # None: not drawn yet
 
-    def set_epoch(self, epoch):
-        """The teacher layers of an epoch: for `random` a new draw."""
+    def set_epoch(self, epoch):                          # the teacher layers of an epoch: `random` draws anew
         self.layers_t = select_layers(self.select, self.blocks["t"], len(self.layers_s), self.seed, epoch)
 
     def pool(self, side, hidden_states, mask, layers=None):
@@ -324,8 +307,7 @@ class IntermediateLoss(nn.Module):
                   for h_s, mask_s, h_t, mask_t in batches]
         self.distance.fit(*map(torch.cat, zip(*pooled)), chances=self.chances())
 
-    def chances(self):
-        """(k, n-1): how likely is layer l the i-th selected? In a draw: the i-th smallest of m out of n-1."""
+    def chances(self):                  # (k, n-1): is layer l the i-th selected? In a draw the i-th smallest?
         n, m, comb, layers = self.blocks["t"], len(self.layers_s), math.comb, range(1, self.blocks["t"])
         if self.select != "random":
             return torch.tensor([[float(l == layer) for l in layers] for layer in self.layers_t])
@@ -336,9 +318,10 @@ class IntermediateLoss(nn.Module):
 TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"]), "cola": ["matthews"],
          **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
 WEIGHTS = {"none": (1.0, 0.0, 0.0), "kd": (0.5, 0.5, 0.0)}          # CE, KD, ILD; all others 1/3 each (Eq. 4)
-NO_SETTINGS = ("overwrite", "report", "device", "output_dir", "teacher_cache")      # change no result
+NO_SETTINGS = ("overwrite", "report", "device", "output_dir", "teacher_cache", "checkpoint_minutes")
 RANK, WORLD = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))       # of torchrun
-ADVICE = "no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
+ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
+SIGNAL = {"came": 0, "wait": False}             # SIGTERM or Ctrl-C; wait: until a step is whole
 
 class UserError(Exception):
     """The user's mistake: one line that says what is wrong and how to mend it. Exit code 2."""
@@ -347,8 +330,30 @@ def need(condition, message):
     if not condition:
         raise UserError(message)
 
-def toy_data(split, size):
-    """A little language: the last clause decides, "not" turns it round -> {"text": [..], "label": [..]}."""
+def on_signal(number, frame):
+    signal.signal(number, signal.SIG_DFL)                           # a second one ends it at once
+    SIGNAL["came"] = number
+    if not SIGNAL["wait"]:
+        stop()
+
+def stop():
+    print("railkd.py: stopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(128 + SIGNAL["came"])
+
+def store(content, path):                                           # what is at `path` is always whole
+    partial = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+def load(path, **options):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:                                      # of many kinds
+        raise UserError(f"{path} is damaged: delete it and start again ({error!r})") from error
+
+def toy_data(split, size):                                     # the last clause decides, "not" turns it round
     rng, texts, labels = random.Random(f"toy {split}"), [], []
     for _ in range(size):
         clauses = [(rng.randrange(20), rng.randrange(2), rng.randrange(60)) for _ in range(rng.randint(1, 3))]
@@ -356,8 +361,7 @@ def toy_data(split, size):
         labels.append(["bad", "good"][(clauses[-1][1] + clauses[-1][2]) % 2])
     return {"text": texts, "label": labels}
 
-def toy_model(folder, layers, width):
-    """An untrained BERT for the toy language, in a folder like that of any checkpoint -> its path."""
+def toy_model(folder, layers, width):                              # an untrained BERT in a folder -> its path
     from transformers import BertConfig, BertForMaskedLM
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] the is not but".split()
     words += [f"noun{i}" for i in range(20)] + [f"word{i}" for i in range(60)]
@@ -367,24 +371,23 @@ def toy_model(folder, layers, width):
     (folder / "vocab.txt").write_text("\n".join(words))
     return str(folder)
 
-def load_splits(args):
-    """The raw splits {"train": dataset, "validation..": ..}: toy, one's own files, --data-root or the hub."""
+def load_splits(args):                                              # {"train": .., "validation..": ..}
     from datasets import Dataset, load_dataset
     if args.task == "toy":
         return {x: Dataset.from_dict(toy_data(x, n)) for x, n in (("train", 3000), ("validation", 1000))}
     if args.data_root and not args.train_file:
         folder = Path(args.data_root, "nyu-mll", "glue", args.task)
         names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
+        need("train" in names, f"no {folder}/train-*.parquet")
         return load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
     if not args.train_file:
         return load_dataset("nyu-mll/glue", args.task)
-    splits, csv = {}, {"path": "csv", "keep_default_na": False}
-    readers = {".csv": csv, ".tsv": {**csv, "sep": "\t"}, ".json": {"path": "json"},
-               ".jsonl": {"path": "json"}, ".parquet": {"path": "parquet"}}
+    splits, kinds = {}, {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
     for split, path in (("train", args.train_file), ("validation", args.validation_file)):
-        if Path(path).suffix.lower() not in readers or not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is no file {', '.join(readers)}")
-        splits[split] = load_dataset(**readers[Path(path).suffix.lower()], data_files=path, split="train")
+        kind = {**kinds, ".parquet": "parquet"}.get(Path(path).suffix.lower())
+        need(kind and Path(path).is_file(), f"{path} is no csv, tsv, json, jsonl or parquet file")
+        csv = {"keep_default_na": False, "sep": "\t" if path.lower().endswith("tsv") else ","}
+        splits[split] = load_dataset(kind, data_files=path, split="train", **(csv if kind == "csv" else {}))
     return splits
 
 def load_data(args):
@@ -393,7 +396,7 @@ def load_data(args):
         splits = load_splits(args)
         columns = [x for x in splits["train"].column_names if x not in ("label", "idx", "id")]
     except Exception as error:                                      # hub and parsers have no error in common
-        raise UserError(f"no data for {args.task}: {error.__cause__ or error!r}; {ADVICE}") from error
+        raise UserError(f"no data for {args.task}: {error.__cause__ or error}{ADVICE * (not args.train_file)}")
     data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x[:10] == "validation"))
     need(data.dev, f"no validation data for {args.task}, only {', '.join(splits)}")
     for split in ["train", *data.dev]:
@@ -415,9 +418,11 @@ def load_data(args):
         need(not strange, f"{split}: labels {strange}, known: {data.names or 'numbers'}")
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
         data.labels[split] = torch.tensor([values[row] for row in rows])
-    size = len(data.labels[data.dev[0]])
-    data.watched = torch.arange(0, size, math.ceil(size / 256))     # what is looked at closely, for all runs
+    labels = data.labels[data.dev[0]]
+    data.watched = torch.arange(0, len(labels), math.ceil(len(labels) / 256))   # looked at closely, all runs
     data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else TASKS["stsb"])
+    always = F.one_hot(labels.mode().values, len(data.names)) if data.names else torch.zeros(1)
+    data.floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)    # the majority baseline
     return data
 
 class Side:
@@ -436,8 +441,8 @@ class Side:
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **({} if ready else head))
             self.blocks, self.width = config.num_hidden_layers, config.hidden_size
-        except Exception as error:                                  # of as many kinds as there are formats
-            raise UserError(f"cannot load the {role} {name}: {error}; {ADVICE}") from error
+        except Exception as error:
+            raise UserError(f"cannot load the {role} {name}: {error}{ADVICE}") from error
         need(self.model.num_labels == len(names),
              f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")
         self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
@@ -445,16 +450,15 @@ class Side:
         self.params = sum(p.numel() for p in self.model.parameters())
         self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
 
-    def fingerprint(self):
-        """A hash of all weights and of the tokenizer, before its first use, which changes its settings."""
+    def freeze(self):                                           # no gradient; a hash of weights and tokenizer
+        self.model.eval().requires_grad_(False)
         rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else str(self.tokenizer)
         digest = hashlib.sha256(rules.encode())
         for tensor in self.model.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy())
-        return digest.hexdigest()
+        self.content = digest.hexdigest()
 
-    def encode(self, split):
-        """A split's tokens, made once: a dataset of the model's inputs, in memory, and their lengths (N,)."""
+    def encode(self, split):                                     # made once: the model's inputs, lengths (N,)
         if split not in self.tokens:
             from datasets import Dataset
             takes = inspect.signature(self.model.forward).parameters    # DistilBERT takes no token_type_ids
@@ -489,10 +493,8 @@ class Side:
         return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
 
 class Table:
-    """What the frozen teacher says of a split, by example: logits, pooled vectors of the layers 1..n-1.
-    Made once, in parts of 8,192 examples, each written under a name of its own and renamed when whole; parts
-    that exist are skipped. The folder's name tells all that they depend on. cache "off": the teacher runs in
-    every step."""
+    """The frozen teacher's logits and pooled layers 1..n-1 of a split, by example, in parts on disk, the folder
+    named by all that they depend on. cache "off", or a disk too small: the teacher runs in every step."""
     PART = 8192
     def __init__(self, teacher, split, pool, cache):
         self.teacher, self.split, self.pool = teacher, split, pool
@@ -500,24 +502,27 @@ class Table:
                    teacher.order, teacher.content]                  # 1: version of the format
         folder = Path(cache, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16])
         parts = [] if cache == "off" else torch.arange(len(teacher.texts[split][0])).split(self.PART)
-        paths = [folder / f"{rows[0]}.pt" for rows in parts]
-        for rows, path in [*zip(parts, paths)][RANK::WORLD]:        # processes take them in turn
-            if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                logits, pooled = teacher.map(split, rows, pool, f"teacher reads {split} from {rows[0]}")
-                pooled = pooled.clamp(-65504, 65504).half().transpose(0, 1).contiguous()    # (n-1, rows, d_t)
-                partial = path.with_suffix(f".{os.getpid()}-{time.time_ns()}")
-                with open(partial, "wb") as file:
-                    torch.save({"logits": logits.cpu(), "pooled": pooled.cpu()}, file)
-                partial.replace(path)
+        paths = {folder / f"{rows[0]}.pt": rows for rows in parts}
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            size = sum(len(paths[path]) for path in missing) * (
+                2 * (teacher.blocks - 1) * teacher.width + 4 * teacher.model.num_labels)
+            print(f"cache    {split}: {size / 1e6:.1f} MB for {folder}", flush=True)
+            if size > gather(shutil.disk_usage(folder).free)[0][0]:
+                print("WARNING: too little disk for it: no cache, the teacher runs in every step", flush=True)
+                missing, paths = [], {}
+        for path in missing[RANK::WORLD]:                           # processes take them in turn
+            logits, pooled = teacher.map(split, paths[path], pool, f"teacher reads {split} from {path.stem}")
+            pooled = pooled.clamp(-65504, 65504).half().transpose(0, 1).contiguous()        # (n-1, rows, d_t)
+            store({"logits": logits.cpu(), "pooled": pooled.cpu()}, path)
         gather()                                                    # now all are there
-        self.parts = [torch.load(path, mmap=True, weights_only=True) for path in paths]
+        self.parts = [load(path, mmap=True) for path in paths]
 
     def logits(self):
         return torch.cat([part["logits"] for part in self.parts] or self.teacher.map(self.split)[:1]).cpu()
 
-    def __call__(self, rows, layers):
-        """Rows (B,) -> logits (B, C), pooled vectors (B, k, d_t) of these layers, which alone are read."""
+    def __call__(self, rows, layers):                           # -> logits (B, C), pooled vectors (B, k, d_t)
         index, device = torch.tensor(layers, dtype=torch.long) - 1, self.teacher.args.device
         if not self.parts:
             logits, pooled = self.teacher.map(self.split, rows, self.pool)
@@ -534,17 +539,15 @@ def progress(items, title):                                         # a bar wher
     from tqdm import tqdm
     return tqdm(items, title, leave=False, disable=not title or RANK > 0 or not sys.stderr.isatty())
 
-def batches(lengths, size, seed, epoch):
-    """Groups of `size` rows of like length in random order, new in every epoch, the partial one kept."""
+def batches(lengths, size, seed, epoch):                      # groups of rows of like length, in random order
     generator = torch.Generator().manual_seed(random.Random(f"batches {seed} {epoch}").getrandbits(63))
     runs = torch.randperm(len(lengths), generator=generator).split(50 * size)
     groups = [group for run in runs for group in run[lengths[run].argsort(stable=True)].split(size)]
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
-def make_optimizer(params, args):
-    """AdamW over all that is trained; weight decay from two dimensions on, so not for biases and norms."""
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+def make_optimizer(params, args):                                   # biases and norms are spared the decay
+    groups = [{"params": [p for p in params if (p.ndim < 2) == flat], "weight_decay": decay}
+              for flat, decay in ((False, args.weight_decay), (True, 0.0))]
     return torch.optim.AdamW(groups, lr=args.lr, fused=args.device.type in ("cpu", "cuda"))
 
 class Objective(nn.Module):
@@ -558,8 +561,7 @@ class Objective(nn.Module):
         logits_s, hidden_s, mask_s = self.student("train", rows)
         index = upload(rows, self.labels.device)
         labels = self.labels[index]
-        regression = labels.is_floating_point()
-        ce = F.mse_loss(logits_s[:, 0], labels) if regression else F.cross_entropy(logits_s, labels)
+        ce = (F.cross_entropy if logits_s.shape[1] > 1 else F.mse_loss)(logits_s.squeeze(1), labels)
         kd = inter = torch.zeros_like(ce)
         if self.table:
             logits_t, pooled_t = self.table(rows, self.ild.layers_t if self.ild else [])
@@ -569,6 +571,53 @@ class Objective(nn.Module):
             inter = self.ild.distance(pooled_s, pooled_t, index=index, labels=labels)
         terms = torch.stack([ce, kd, inter])
         return torch.cat([(self.weights * terms).sum()[None], terms])
+
+class Position:
+    """Where training stands, in checkpoint.pt. Made anew in the same folder, it goes on from there."""
+    def __init__(self, folder, args, **parts):
+        self.path, self.args, self.parts, self.recent, self.bad = folder / "checkpoint.pt", args, parts, [], 0
+        self.epoch, self.step, self.sums, self.history, self.saved = 1, 0, [0.0] * 4, [], time.monotonic()
+        if self.path.exists():
+            content, now = load(self.path), settings(args)
+            changed = ", ".join(k for k in now if now[k] != content["settings"].get(k))
+            need(not changed, f"{self.path} is of a run with other {changed}: pass the same, or delete it")
+            for name, part in parts.items():
+                part.load_state_dict(content[name])
+            self.epoch, self.step, self.sums, self.history = content["position"]
+            torch.set_rng_state(content["random"][RANK][0])
+            torch.cuda.set_rng_state_all(content["random"][RANK][1])
+            print(f"resumed in epoch {self.epoch} after step {self.step}", flush=True)
+
+    def save(self):
+        self.check()
+        content = {name: part.state_dict() for name, part in self.parts.items()}
+        content["position"] = [self.epoch, self.step, self.sums, self.history]
+        content["random"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        if RANK == 0:
+            store(content | {"settings": settings(self.args)}, self.path)
+        self.saved = time.monotonic()
+
+    def stepped(self, losses, size):                                # losses (4,), mean over `size` examples
+        self.step, self.recent = self.step + 1, [*self.recent, (losses, size)]
+        if self.step % 50 == 0:
+            self.check()
+        if WORLD == 1 or self.step % 50 == 0:                       # several processes: all after one step
+            late = time.monotonic() > self.saved + 60 * self.args.checkpoint_minutes
+            late, came = map(any, zip(*gather(late, SIGNAL["came"])))
+            if late or came:
+                self.save()
+            if came:
+                stop()
+
+    def check(self):                                                # fp16 may leave out 50 steps in a row
+        schedule = self.parts["schedule"]
+        for i, (losses, size) in enumerate(self.recent, self.step - len(self.recent) + 1):
+            values, lr = losses.tolist(), schedule.lr_lambdas[0](schedule.last_epoch - self.step + i - 1)
+            self.bad = 0 if math.isfinite(sum(values)) else self.bad + 1
+            need(self.bad <= 50 * self.parts["scaler"].is_enabled(), f"epoch {self.epoch}, step {i}, lr "
+                 f"{self.args.lr * lr:.3g}: loss, ce, kd, ild {values}: lower --lr? The best student is kept")
+            self.sums = self.sums if self.bad else [x + y * size for x, y in zip(self.sums, values)]
+        self.recent = []
 
 def train(student, data, args, folder, tables=None, ild=None):
     """Train -> history. In folder: model, the best epoch; log.jsonl; checkpoint.pt, to go on after a stop."""
@@ -582,177 +631,136 @@ def train(student, data, args, folder, tables=None, ild=None):
     steps = args.epochs * math.ceil(len(labels) / size)
     schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    alike, start = watch(student, tables, ild, data)["cosine_s"], time.perf_counter()
+    before, start = watch(student, tables, ild, data)["cosine_s"], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)
-    state = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history = resume(folder / "checkpoint.pt", state, args)
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        best = max(history, key=lambda row: row["score"], default=None)             # of equal ones the first
+    at = Position(folder, args, objective=objective, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    for epoch in range(at.epoch, args.epochs + 1):
+        best = max(at.history, key=lambda row: row["score"], default=None)          # of equal ones the first
         if best and epoch - best["epoch"] > args.patience:
             print(f"stopped: nothing better for {args.patience} epochs", flush=True)
             break
         if ild:
             ild.set_epoch(epoch)
         objective.train()
-        sums, began = torch.zeros(4, device=args.device), time.perf_counter()
-        for group in progress(batches(lengths, size, args.seed, epoch), f"epoch {epoch}"):
+        SIGNAL["wait"] = True
+        began, groups = time.perf_counter(), batches(lengths, size, args.seed, epoch)[at.step:]
+        for group in progress(groups, f"epoch {epoch}"):
+            losses = 0
             for rows, share in shards(group, args.batch_size):      # the loss is the mean over the group
-                losses = net(rows)
-                scaler.scale(losses[0] * share * WORLD).backward()  # several processes: the mean of theirs
-                sums += losses.detach() * share * len(group)
+                values = net(rows)
+                scaler.scale(values[0] * share * WORLD).backward()  # several processes: the mean of theirs
+                losses += values.detach() * share
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, 1.0)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-        sums = sum(x for x, in gather(sums.cpu())) / len(labels)    # the only wait for the device in an epoch
-        seconds, (loss, ce, kd, inter) = time.perf_counter() - began, sums.tolist()
-        need(math.isfinite(loss), f"epoch {epoch}: loss {loss}, ce {ce}, kd {kd}, ild {inter}: lower --lr?")
+            at.stepped(losses, len(group))
+        at.check()                                                  # waits for the device
+        seconds, SIGNAL["wait"] = time.perf_counter() - began, False
+        at.save()
+        loss, ce, kd, inter = (sum(x) / len(labels) for x in zip(*(x for x, in gather(at.sums))))
         metrics = evaluate(lambda split: predict(student, split), data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce, "kd": tables and kd,
                "ild": ild and inter, **watch(student, tables, ild, data), "seconds": seconds,
-               "examples_per_s": len(labels) / seconds, "score": metrics[data.metrics[0]], "metrics": metrics}
-        history, better = [*history, row], not best or row["score"] > best["score"]
-        if better and RANK == 0:
-            save(student, folder / "model")
-        keep(folder, state, args, history)
-        shown = [*row.items()][:6] + [*metrics.items(), ("seconds", seconds)]
-        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown if v is not None),
-              "*" * better, sep="  ", flush=True)                   # *: the best so far
+               "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metrics[0]],
+               "metrics": metrics}
+        row["collapsed"] = before is not None and 1 - row["cosine_s"] < 0.1 * (1 - before)
+        row["skipped"] = schedule.last_epoch - int(next(iter(optimizer.state.values()))["step"])    # by fp16
+        at.history, better = [*at.history, row], not best or row["score"] > best["score"]
+        if RANK == 0:
+            if better:
+                save(student, folder / "model")
+            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.history))
+        at.epoch, at.step, at.sums = epoch + 1, 0, [0.0] * 4
+        shown = {k: row[k] for k in ("epoch", "layers_t", "loss", "ce", "kd", "ild", "skipped")}
+        shown |= {**metrics, "seconds": seconds}
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
+                if v not in (None, 0)), "*" * better, sep="  ", flush=True)         # *: the best so far
         if epoch == 1:
             print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
-        if alike is not None and 1 - row["cosine_s"] < 0.1 * (1 - alike):
-            print(f"WARNING: the student collapses: cosine_s was {alike:.3f} before training", flush=True)
-    return history
+        if row["collapsed"]:
+            print(f"WARNING: the student collapses: cosine_s was {before:.3f} before training", flush=True)
+    return at.history
 
-def settings(args):
-    """What the results depend on, in the types that a file holds."""
+def settings(args):                                                 # what results depend on
     return {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items() if k not in NO_SETTINGS}
 
-def keep(folder, state, args, history):
-    """The log, and all that the next epoch depends on, put in its place when it is whole."""
-    content = {name: part.state_dict() for name, part in state.items()} | {"history": history}
-    content["random"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all())
-    content["args"] = settings(args) | {"processes": WORLD}
-    if RANK == 0:
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-        with open(folder / "checkpoint.partial", "wb") as file:
-            torch.save(content, file)
-            os.fsync(file.fileno())
-        (folder / "checkpoint.partial").replace(folder / "checkpoint.pt")
-
-def resume(path, state, args):
-    """Puts everything back as it was kept -> the history so far. UserError: damaged, or another command's."""
-    if not path.exists():
-        return []
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is damaged: delete it, and this phase starts anew ({error})") from error
-    now = settings(args) | {"processes": WORLD}
-    changed = [k for k in now if now[k] != content["args"].get(k)]
-    need(not changed, f"{path} is of a run with other {', '.join(changed)}: pass the same, or delete it")
-    for name, part in state.items():
-        part.load_state_dict(content[name])
-    torch.set_rng_state(content["random"][RANK][0])
-    torch.cuda.set_rng_state_all(content["random"][RANK][1])
-    print(f"resumed after epoch {len(content['history'])}", flush=True)
-    return content["history"]
-
-def shards(group, size):
-    """This process's rows of a group, at most `size` at a time -> (rows, their share of the group) each. All
-    processes have as many, since they wait for each other: one without rows gets a row of weight 0."""
+def shards(group, size):                                # (rows, share of the group); as many in all processes
     count = math.ceil(math.ceil(len(group) / WORLD) / size)
     for rows in group[RANK::WORLD].tensor_split(count):
         yield (rows, len(rows) / len(group)) if len(rows) else (group[:1], 0.0)
 
-def predict(side, split):
-    """Logits (N, C) of all examples, each process taking its share of them."""
+def predict(side, split):                                           # logits (N, C), made by all processes
     rows = torch.arange(len(side.texts[split][0]))
+    mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]      # more processes than rows: not used
     logits = torch.empty(len(rows), side.model.num_labels)
-    for rank, (part,) in enumerate(gather(side.map(split, rows[RANK::WORLD])[0].cpu())):
-        logits[rank::WORLD] = part
+    for rank, (part,) in enumerate(gather(side.map(split, mine)[0].cpu())):
+        logits[rank::WORLD] = part[:len(rows[rank::WORLD])]
     return logits
 
-def measure(name, logits, labels):
-    """A metric of logits (N, C) and labels (N,); 0 where it is not defined (constant predictions)."""
+def measure(name, logits, labels):                           # 0 where it is not defined: constant predictions
     from scipy import stats
     from sklearn import metrics
     known = {"accuracy": metrics.accuracy_score, "f1": metrics.f1_score,
              "matthews": metrics.matthews_corrcoef, "pearson": stats.pearsonr, "spearman": stats.spearmanr}
     guess = logits[:, 0] if labels.is_floating_point() else logits.argmax(1)
     value = known[name](labels.numpy(), guess.numpy()) if len(labels) > 1 or name == "accuracy" else 0.0
-    value = float(getattr(value, "statistic", value))               # scipy's come with a p-value
-    return value if math.isfinite(value) else 0.0
+    return torch.tensor(getattr(value, "statistic", value), dtype=torch.float64).nan_to_num().item()
 
-def evaluate(predict, data):
-    """All metrics of predict(split), logits (N, C), on all dev sets: {"accuracy", "accuracy_mismatched"}."""
-    metrics = {}
-    for split in data.dev:
-        logits, suffix = predict(split), split.removeprefix("validation").removeprefix("_matched")
-        metrics |= {name + suffix: measure(name, logits, data.labels[split]) for name in data.metrics}
-    return metrics
+def evaluate(predict, data):                               # predict(split): logits (N, C); all dev sets apart
+    return {name + split.removeprefix("validation").removeprefix("_matched"):
+            measure(name, logits, data.labels[split])
+            for split in data.dev for logits in [predict(split)] for name in data.metrics}
 
-def speed(side, data):
+def speed(side, data):                                              # examples/s that it answers
     side.encode(data.dev[0])
     began = time.perf_counter()
     side.map(data.dev[0], data.watched)[0].sum().item()
     return len(data.watched) / (time.perf_counter() - began)
 
-def spread(vectors):
-    """sqrt(1 - |mean unit vector|^2) of (N, u): 0 where all point one way."""
-    return (1 - unit(vectors).mean(0).square().sum()).clamp(min=0).sqrt().item()
-
-def mean_cosine(pooled):
-    """Mean cosine between different examples of (N, m, d), over all m layers; None for a single example."""
-    total, n = unit(pooled).sum(0).square().sum(-1).mean().item(), len(pooled)
-    return (total - n) / (n * (n - 1)) if n > 1 else None
-
 @torch.no_grad()
 def watch(student, tables, ild, data):
-    """How alike the student's states and the mapped vectors are, on up to 256 fixed dev examples."""
+    """On up to 256 dev examples: the mean cosine of different examples' pooled states, over the used layers;
+    the spread of the mapped vectors, sqrt(1 - |mean unit vector|^2), 0 where all point one way."""
     pooled_s = student.map(data.dev[0], data.watched, ild.pool_tokens if ild else mean_pool)[1]
-    sides = []
+    n, alike, sides = len(pooled_s), unit(pooled_s).mean(0).square().sum(-1).mean().item(), []
     if ild and ild.layers_t and ild.distance.proj_s is not None:
         sides = ild.distance.project(pooled_s, tables[data.dev[0]](data.watched, ild.layers_t)[1])
-    spreads = [sum(map(spread, side)) / len(side) for side in sides] or [None, None]
-    return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": mean_cosine(pooled_s)}
+    spreads = [sum((1 - unit(z).mean(0).square().sum()).clamp(min=0).sqrt().item() for z in side) / len(side)
+               for side in sides] or [None, None]
+    cosine = (n * alike - 1) / (n - 1) if n > 1 else None
+    return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": cosine}
 
-def save(side, folder):
-    """Model and tokenizer, written beside `folder` and then put in its place."""
+def save(side, folder):                                             # written beside, then put in its place
     partial = folder.with_suffix(".partial")
     side.model.save_pretrained(partial)
     side.tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
-def prepare_teacher(student, data, args, work):
-    """The teacher, fine-tuned if need be, frozen, in eval mode; its tables of all splits; its dev metrics."""
-    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp".split()
-    settings = [*(vars(args)[x] for x in names), data.texts, data.names, data.labels["train"].tolist()]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+def prepare_teacher(student, data, args, work):                 # -> teacher, tables, dev metrics, fitted loss
+    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp data".split()
+    key = hashlib.sha256(json.dumps([vars(args)[x] for x in names]).encode()).hexdigest()[:12]
     folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
     made = folder.exists()
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
-    need(not args.weights[2] or student.blocks <= teacher.blocks,
-         f"the student has {student.blocks} blocks, the teacher only {teacher.blocks}")
+    ild = make_loss(student, teacher, args) if args.weights[2] else None    # before hours are spent
     if not teacher.ready:
         print(f"teacher  {teacher.title} has no head for the task: fine-tuned first for {folder}", flush=True)
-        size = math.gcd(32 // math.gcd(32, WORLD), args.batch_size)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
-                  "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0),    # batch 32, whatever the student's
-                  "batch_size": size, "grad_accumulation": 32 // math.gcd(32, WORLD) // size}
+                  "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0), "grad_accumulation": 1,
+                  "batch_size": max(1, 32 // WORLD)}                # whatever the student's
         train(teacher, data, argparse.Namespace(**vars(args) | tuning), work)
         if RANK == 0 and not folder.exists():                       # or another run was faster
             work.rename(folder)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         gather()
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
-    teacher.model.eval().requires_grad_(False)
-    teacher.content = teacher.fingerprint()
+    teacher.freeze()
     if args.teacher_labels and not made:                            # our own answers in the task's order
         need(sorted(args.teacher_labels) == sorted(data.names or []),
              f"--teacher-labels: name each of the task's labels once, they are {data.names}")
@@ -760,58 +768,63 @@ def prepare_teacher(student, data, args, work):
     cache = args.teacher_cache or Path(args.output_dir, "teacher-cache")
     pool = POOLINGS[METHODS[args.method][2]]
     tables = {split: Table(teacher, split, pool, cache) for split in data.dev}
-    metrics, labels = evaluate(lambda split: tables[split].logits(), data), data.labels[data.dev[0]]
+    metrics = evaluate(lambda split: tables[split].logits(), data)
     if data.names and not made and not args.teacher_labels:
-        check_order(tables[data.dev[0]].logits().argmax(1), labels, data.names)
-    always = F.one_hot(labels.mode().values, len(data.names)) if data.names else torch.zeros(1)
-    floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"teacher  {teacher.title}; dev {shown}; majority baseline {floor:.4f}", flush=True)
-    if metrics[data.metrics[0]] <= floor + 0.01:
+        check_order(tables[data.dev[0]].logits().argmax(1), data.labels[data.dev[0]], data.names)
+    print(f"teacher  {teacher.title}; dev {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}; majority "
+          f"baseline {data.floor:.4f}", flush=True)
+    if metrics[data.metrics[0]] <= data.floor + 0.01:
         print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this task?")
     tables["train"] = Table(teacher, "train", pool, cache)          # after the checks: it may take an hour
-    return teacher, tables, metrics
+    if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
+        size = len(data.labels["train"])
+        rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
+        pooled_t = tables["train"](rows, range(1, teacher.blocks))[1]
+        ild.distance.fit(student.map("train", rows, ild.pool_tokens)[1], pooled_t, ild.chances())
+    return teacher, tables, metrics, ild
 
-def check_order(answers, labels, names):
-    """Stop where the teacher's labels stand in another order: an assignment on the confusion matrix tells."""
+def check_order(answers, labels, names):                         # an assignment on the confusion matrix tells
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import confusion_matrix
     confusion = confusion_matrix(labels, answers, labels=range(len(names)), normalize="all")
     best = linear_sum_assignment(-confusion)[1].tolist()                    # label i is answer best[i]
     now, then = confusion.trace(), confusion[range(len(names)), best].sum()
-    if then > now + 0.1 and len(answers.unique()) > 1:
-        order = [names[best.index(answer)] for answer in range(len(names))]
-        raise UserError(f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}: "
-                        f"pass --teacher-labels {','.join(order)} (or the order that you know to be right)")
+    order = ",".join(names[best.index(answer)] for answer in range(len(names)))
+    need(then <= now + 0.1 or len(answers.unique()) == 1,
+         f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}: pass "
+         f"--teacher-labels {order} (or the order that you know to be right)")
 
-def make_loss(student, teacher, table, args):
-    """The method's intermediate loss, its ridge start made on up to 2,000 training examples."""
+def make_loss(student, teacher, args):
     size, kind = len(student.texts["train"][0]), DISTANCES[args.distance or METHODS[args.method][1]]
-    given = {x: vars(args)[x] for x in ("proj_dim", "teacher_proj", "start", "shared")}
-    options = {x: value for x, value in given.items() if value is not None}
+    names = [x for x in ("proj_dim", "teacher_proj", "start", "shared") if vars(args)[x] is not None]
+    options = {x: vars(args)[x] for x in names}
     options |= {"num_examples": size} if "num_examples" in inspect.signature(kind).parameters else {}
     torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
     try:
-        ild = IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
-                               args.seed, args.select, args.distance, **options).to(args.device)
+        return IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
+                                args.seed, args.select, args.distance, **options).to(args.device)
     except (ValueError, TypeError) as error:
         raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
-    if ild.distance.proj_s is not None and ild.distance.start == "ridge":
-        rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
-        pooled_t = table(rows, range(1, teacher.blocks))[1]
-        ild.distance.fit(student.map("train", rows, ild.pool_tokens)[1], pooled_t, ild.chances())
-    return ild
 
-def run(args):
-    """All that the command line asks for, from the data to the finished student -> the results."""
-    config = settings(args)
+def run(args):                                                      # a finished run tells its results again
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
-    folder = Path(args.output_dir, args.task, name)
-    if (folder / "results.json").exists() and not args.overwrite:
-        results = json.loads((folder / "results.json").read_text())
-        changed = [k for k in config if config[k] != results["config"].get(k)]
-        need(not changed, f"{folder} holds a run with other {', '.join(changed)}; --overwrite it?")
-        return close(results)
+    folder, config = Path(args.output_dir, args.task, name), settings(args)
+    if args.overwrite or not (folder / "results.json").exists():
+        distil(args, folder, config)
+    results = json.loads((folder / "results.json").read_text())
+    changed = ", ".join(k for k in config if config[k] != results["config"].get(k))
+    need(not changed, f"{folder} holds a run with other {changed}; --overwrite it?")
+    for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
+        if score is not None:
+            print(f"{side}  {results['metric']} {score:.4f}, {results[f'params_{side[0]}'] / 1e6:.2f} M "
+                  f"parameters, answers {results[f'speed_{side[0]}']:.0f} examples/s")
+            if score <= results["floor"] + 0.01 or side == "student" and results["collapsed"]:
+                print(f"WARNING: the {side} has learned nothing: majority baseline {results['floor']:.4f}" +
+                      ", its states are all alike" * results["collapsed"])
+    print(f"epoch {results['best_epoch']} is in {results['model']}; to run it anew: --overwrite", flush=True)
+    return results
+
+def distil(args, folder, config):                                   # from the data to the finished student
     began = time.perf_counter()
     set_up(args)
     if args.task == "toy":
@@ -820,18 +833,16 @@ def run(args):
         gather()
     data, teacher, tables, ild, metrics_t = load_data(args), None, None, None, {}
     content = json.dumps([data.texts, data.names, *(x.tolist() for x in data.labels.values())])
-    args.data = hashlib.sha256(content.encode()).hexdigest()[:12]   # a checkpoint goes with its data
+    args.data, args.processes = hashlib.sha256(content.encode()).hexdigest()[:12], WORLD    # for checkpoints
     torch.manual_seed(args.seed)                                    # draws the student's head
     student = Side("student", args.student, data, args)
     if args.weights[1] or args.weights[2]:
-        teacher, tables, metrics_t = prepare_teacher(student, data, args, folder / "teacher")
-    if args.weights[2]:
-        ild = make_loss(student, teacher, tables["train"], args)
+        teacher, tables, metrics_t, ild = prepare_teacher(student, data, args, folder / "teacher")
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
     print(f"student  {student.title}\n"
           f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
           f"{data.metrics[0]} on {data.dev[0]} selects the epoch\n"
-          f"method   {name}; layers {pairs}; CE, KD, ILD weigh {' '.join(f'{w:.2g}' for w in args.weights)}\n"
+          f"method   {folder.name}; layers {pairs}; CE KD ILD {' '.join(f'{w:.2g}' for w in args.weights)}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
           f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
     if RANK == 0 and (folder / "results.json").exists():            # --overwrite: nothing of it is used
@@ -842,36 +853,27 @@ def run(args):
     results = {
         "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metrics[0],
         "best_score": best["score"], "best_epoch": best["epoch"], "last_score": history[-1]["score"],
-        "teacher_score": metrics_t.get(data.metrics[0]), "teacher_metrics": metrics_t,
-        "params_s": student.params, "params_t": teacher and teacher.params,
-        "speed_s": speed(student, data), "speed_t": teacher and speed(teacher, data),
-        "device": str(args.device), "precision": str(args.dtype), "model": str(folder / "model"),
-        "versions": {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")},
-        "config": config, "history": history}
+        "teacher_score": metrics_t.get(data.metrics[0]), "teacher_metrics": metrics_t, "floor": data.floor,
+        "params_s": student.params, "params_t": teacher and teacher.params, "collapsed": best["collapsed"],
+        "speed_s": speed(student, data), "speed_t": teacher and speed(teacher, data), "history": history,
+        "device": str(args.device), "precision": str(args.dtype), "config": config,
+        "model": str(folder / "model"),
+        "versions": {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")}}
     if RANK == 0:
         (folder / "results.partial").write_text(json.dumps(results, indent=1))
         (folder / "results.partial").rename(folder / "results.json")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for path in folder.glob("checkpoint.*"):
+            path.unlink()
+    gather()
     if WORLD > 1:
         torch.distributed.destroy_process_group()
-    return close(results)
 
-def close(results):
-    for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
-        if score is not None:
-            print(f"{side}  {results['metric']} {score:.4f}, {results[f'params_{side[0]}'] / 1e6:.2f} M "
-                  f"parameters, answers {results[f'speed_{side[0]}']:.0f} examples/s")
-    print(f"epoch {results['best_epoch']} is in {results['model']}; to run it anew: --overwrite", flush=True)
-    return results
-
-def report(folder):
-    """A Markdown table of the finished runs below a folder, mean ± std over seeds x 100 -> its scores."""
+def report(folder):                                                 # of finished runs: mean ± std over seeds
     from statistics import mean, stdev
-    cells = {}
+    cells = {}                                                      # a teacher counts once for all seeds
     for path in sorted(Path(folder).rglob("results.json")):
-        results = json.loads(path.read_text())
-        method = str(Path(*path.relative_to(folder).parts[:-3], path.parent.name.split("-seed")[0]))
-        teacher = results["teacher_score"]                          # seeds share it: it counts once
+        results, name = json.loads(path.read_text()), path.parent.name.split("-seed")[0]
+        method, teacher = str(Path(*path.relative_to(folder).parts[:-3], name)), results["teacher_score"]
         for row, run, score in ((method, path, results["best_score"]), ("teacher", teacher, teacher)):
             if score is not None:
                 cells.setdefault((row, results["task"]), {})[run] = 100 * score
@@ -880,13 +882,12 @@ def report(folder):
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
     for method in sorted({method for method, _ in cells}, key=lambda method: (method != "teacher", method)):
         scores = [[*cells.get((method, task), {}).values()] for task in tasks]
-        row = [f"{mean(x):.1f} ± {stdev(x):.1f} (n={len(x)})" if len(x) > 1 else
-               f"{x[0]:.1f} (n=1)" if x else "-" for x in scores]
+        row = ["-" if not x else f"{mean(x):.1f} (n=1)" if len(x) == 1 else
+               f"{mean(x):.1f} ± {stdev(x):.1f} (n={len(x)})" for x in scores]
         print("|", " | ".join([method, *row, f"{mean(map(mean, scores)):.1f}" if all(scores) else "-"]), "|")
     return {f"{method}/{task}": [*scores.values()] for (method, task), scores in cells.items()}
 
-def set_up(args):
-    """Device and precision; quiet libraries; no long wait for a hub that cannot be reached."""
+def set_up(args):                                 # device, precision, quiet libraries, no wait for a dead hub
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and WORLD > 1 else name
     try:
@@ -901,7 +902,6 @@ def set_up(args):
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
-    need(gpu or amp != "fp16", "--amp fp16 needs a GPU: take bf16 or off")
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
     local = [args.data_root or args.train_file or "", args.teacher, args.student]
@@ -911,14 +911,13 @@ def set_up(args):
         except (OSError, ValueError) as error:                      # before the libraries are imported
             os.environ["HF_HUB_OFFLINE"] = "0" if hasattr(error, "code") else "1"       # a 404 is an answer
     import datasets
-    import transformers
+    from transformers import logging
     datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: int or float within [low, high]."""
+def number(kind, low, high=math.inf):                               # argparse: within [low, high]
     def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
@@ -968,6 +967,7 @@ def parse(argv=None):
     add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it (our choice)")
     add("--teacher-cache", metavar="DIR", help="keeps its outputs; if not given, beside the runs; or off")
     add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="its labels in its own order")
+    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="between two; our choice")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: mixed precision")
     add("--device", help="cpu, cuda, cuda:1, ..; if not given, a GPU where there is one")
     add("--overwrite", action="store_true", help="run anew where there are results")
@@ -985,7 +985,7 @@ def parse(argv=None):
     return parser, args
 
 def main(argv=None):
-    """Run a command line -> the results, or the scores of --report. SystemExit(2) on a user's mistake."""
+    """Run a command line -> results, or --report's scores. SystemExit: 2 a user's mistake, 1 a full disk."""
     parser, args = parse(argv)
     try:
         return report(args.report) if args.report else run(args)
@@ -993,8 +993,8 @@ def main(argv=None):
         parser.error(" ".join(str(error).split()))
     except OSError as error:                                        # full disk, unwritable folder
         parser.exit(1, f"railkd.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "railkd.py: stopped; the same command goes on after the last finished epoch\n")
 
 if __name__ == "__main__":
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, on_signal)
     main()

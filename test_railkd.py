@@ -527,12 +527,21 @@ def test_names_are_checked():
 def test_collapse_is_seen():
     """Catches a spread that does not fall, a cosine that counts an example against itself."""
     alike, apart = torch.ones(50, 8) + 1e-3 * torch.randn(50, 8), torch.randn(50, 8)
-    assert R.spread(alike) < 0.01 and R.spread(apart) > 0.9
+
+    def watch(states, mapped=None):
+        student = Namespace(map=lambda split, rows, pool: (None, states[rows][:, None]))
+        data = Namespace(dev=["validation"], watched=torch.arange(len(states)))
+        distance = Namespace(proj_s=1, project=lambda pooled_s, pooled_t: (mapped, mapped[:1]))
+        ild = mapped and Namespace(pool_tokens=None, layers_t=[1], distance=distance)
+        return R.watch(student, {"validation": lambda rows, layers: (None, None)}, ild, data)
     u = unit(apart.double().numpy())
     expected = np.mean([u[i] @ u[j] for i in range(50) for j in range(50) if i != j])
-    assert R.mean_cosine(apart[:, None]) == pytest.approx(expected, abs=1e-6)
-    assert R.spread(apart) == pytest.approx(math.sqrt(1 - np.linalg.norm(u.mean(0)) ** 2), abs=1e-6)
-    assert R.mean_cosine(apart[:1, None]) is None
+    assert watch(apart)["cosine_s"] == pytest.approx(expected, abs=1e-6) and watch(alike)["cosine_s"] > 0.99
+    assert watch(apart[:1])["cosine_s"] is None and watch(apart)["spread_s"] is None
+    spread = math.sqrt(1 - np.linalg.norm(u.mean(0)) ** 2)
+    low, high = watch(apart, [alike])["spread_s"], watch(apart, [apart, alike])
+    assert low < 0.01 < 0.9 < spread and high["spread_t"] == pytest.approx(spread, abs=1e-6)
+    assert high["spread_s"] == pytest.approx((spread + low) / 2, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -629,23 +638,35 @@ def bits(results):
     return rows, results["best_epoch"], {k: v.tolist() for k, v in load_file(Path(results["model"]) / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("method", ["rail-c", "codir"])
-@pytest.mark.parametrize("phase", ["teacher", "student"])
-def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, monkeypatch, method, phase):
-    """Killed after an epoch of either phase. Catches a random state, a memory bank, a schedule, a best score that is lost."""
-    args = command(tmp_path, models, "--method", method, "--teacher-epochs", "2", "--epochs", "4", "--lr", "0.003")
-    whole = R.main(args)
-    again, keep = [*args, "--output-dir", str(tmp_path / "again")], R.keep
+class Killed(BaseException):
+    """As good as SIGKILL: nobody catches it."""
 
-    def kill(folder, *more):
-        keep(folder, *more)
-        if (folder.name == "teacher") == (phase == "teacher") and len(more[2]) == (1 if phase == "teacher" else 2):
-            raise KeyboardInterrupt
-    monkeypatch.setattr(R, "keep", kill)
-    with pytest.raises(SystemExit) as stop:              # Ctrl-C
+
+def kill_at(monkeypatch, phase, epoch, step, name="stepped"):
+    """The run dies right after a step of the teacher's or the student's training (or before a checkpoint is renamed)."""
+    original = getattr(R.Position, name)
+
+    def dying(self, *args):
+        original(self, *args)
+        if ((self.path.parent.name == "teacher") == (phase == "teacher")) and (self.epoch, self.step) == (epoch, step):
+            raise Killed
+    monkeypatch.setattr(R.Position, name, dying)
+    return lambda: monkeypatch.setattr(R.Position, name, original)
+
+
+@pytest.mark.parametrize("phase, method, epoch, step, minutes", [
+    ("teacher", "rail-c", 2, 2, "0"), ("teacher", "kd", 2, 4, "9"), ("student", "rail-c", 2, 2, "0"),
+    ("student", "codir", 2, 2, "0"), ("student", "codir", 3, 3, "9"), ("student", "rail-l", 1, 1, "0")])
+def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, monkeypatch, method, phase, epoch, step, minutes):
+    """Catches a random state, a memory bank, a schedule, a best score, a sum of losses that is lost."""
+    args = command(tmp_path, models, "--method", method, "--teacher-epochs", "2", "--epochs", "3", "--lr", "0.003",
+                   "--checkpoint-minutes", minutes)
+    whole = R.main(args)
+    again = [*args, "--output-dir", str(tmp_path / "again")]
+    mend = kill_at(monkeypatch, phase, epoch, step)
+    with pytest.raises(Killed):
         R.main(again)
-    assert stop.value.code == 130
-    monkeypatch.setattr(R, "keep", keep)
+    mend()
     torch.manual_seed(99), random.seed(99)               # another process has other random states
     assert len([*tmp_path.rglob("checkpoint.pt")]) == 1
     assert bits(R.main(again)) == bits(whole) and not [*tmp_path.rglob("checkpoint*")]
@@ -662,17 +683,17 @@ def test_a_run_killed_with_sigkill_goes_on(tmp_path, models, capsys):
     run.wait()
     assert not [*tmp_path.rglob("results.json")]
     resumed = R.main(args)
-    assert "resumed after epoch" in capsys.readouterr().out
+    assert "resumed in epoch" in capsys.readouterr().out
     whole = R.main([*args, "--overwrite"])
     assert "resumed" not in capsys.readouterr().out and bits(resumed) == bits(whole)
 
 
 def test_a_checkpoint_of_another_command_is_refused(tmp_path, models, monkeypatch, capsys):
-    args, keep = command(tmp_path, models), R.keep
-    monkeypatch.setattr(R, "keep", lambda folder, *more: keep(folder, *more) or folder.name == "teacher" or sys.exit(9))
-    with pytest.raises(SystemExit):
+    args = command(tmp_path, models, "--checkpoint-minutes", "0")
+    mend = kill_at(monkeypatch, "student", 1, 2)
+    with pytest.raises(Killed):
         R.main(args)
-    monkeypatch.setattr(R, "keep", keep)
+    mend()
     path = next(tmp_path.rglob("checkpoint.pt"))
     for wrong, message in (["--lr", "0.5"], "other lr: pass the same"), ([], "damaged: delete it"):
         if not wrong:
@@ -790,7 +811,7 @@ def table_of(tmp_path, models, *more, pool=R.mean_pool):
     args, data = side_and_data(tmp_path, models, "--amp", "off", *more)
     torch.manual_seed(0)
     teacher = R.Side("teacher", args.teacher, data, args)
-    teacher.content = teacher.fingerprint()
+    teacher.freeze()
     return teacher, lambda: R.Table(teacher, "train", pool, tmp_path / "cache")
 
 
@@ -823,7 +844,7 @@ def test_a_changed_teacher_text_length_or_pooling_has_a_cache_of_its_own(tmp_pat
     teacher.texts["train"][0][5] += " not"
     make()
     teacher.model.classifier.bias.data += 1e-3
-    teacher.content = teacher.fingerprint()
+    teacher.freeze()
     make()
     words = (Path(models[1]) / "vocab.txt").read_text().split("\n")
     other = tmp_path / "other"                                              # the same weights, another tokenizer
@@ -1055,9 +1076,10 @@ def test_warning_where_the_teacher_knows_nothing(tmp_path, models, capsys):
 
 
 def test_warning_where_the_student_collapses(tmp_path, models, capsys, monkeypatch):
-    values = iter([0.5, 0.96, 0.94])
-    monkeypatch.setattr(R, "mean_cosine", lambda pooled: next(values))
-    R.main(command(tmp_path, models, "--method", "none"))
+    values = iter([0.5, 0.94, 0.96])
+    monkeypatch.setattr(R, "watch", lambda *args: {"cosine_s": next(values)})
+    monkeypatch.setattr(R, "evaluate", lambda *args: {"accuracy": 0.1})
+    assert R.main(command(tmp_path, models, "--method", "none"))["history"][1]["collapsed"]
     assert capsys.readouterr().out.count("WARNING: the student collapses") == 1
 
 
@@ -1090,7 +1112,7 @@ MISTAKES = [
     (["--task", "toy", "--weights", "1,1"], "CE,KD,ILD"), (["--task", "toy", "--weights", "0,0,0"], "CE,KD,ILD"),
     (["--task", "toy", "--method", "kd", "--weights", "1,1,1"], "--weights"),
     (["--task", "toy", "--method", "kd", "--select", "last"], "--select"), (["--train-file", "a.csv"], "--validation-file"),
-    (["--task", "toy", "--device", "tpu9"], "--device"), (["--task", "toy", "--amp", "fp16", "--device", "cpu"], "--amp"),
+    (["--task", "toy", "--device", "tpu9"], "--device"),
     (["--report", "nowhere"], "no finished run"), (["--task", "qnli", "--data-root", "nowhere"], "--data-root"),
     (["--train-file", "no.csv", "--validation-file", "no.csv"], "no.csv"),
     (["--task", "toy", "--method", "ckd", "--shared-proj", "--epochs", "1", "--teacher-epochs", "1",
@@ -1127,7 +1149,7 @@ def test_a_student_deeper_than_its_teacher_is_refused(tmp_path, models, capsys):
     swapped = ["--teacher", models[3], "--student", models[1], *models[4:]]
     with pytest.raises(SystemExit) as stop:
         R.main(command(tmp_path, swapped))
-    assert stop.value.code == 2 and "the student has 4 blocks, the teacher only 3" in capsys.readouterr().err
+    assert stop.value.code == 2 and "cannot draw k = 3 intermediate layers from num_layers = 3" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- as a newcomer would
