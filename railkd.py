@@ -396,7 +396,7 @@ def load_data(args):
         splits = load_splits(args)
         columns = [x for x in splits["train"].column_names if x not in ("label", "idx", "id")]
     except Exception as error:                                      # hub and parsers have no error in common
-        raise UserError(f"no data for {args.task}: {error.__cause__ or error}{ADVICE * (not args.train_file)}")
+        raise UserError(f"no {args.task} data: {error.__cause__ or error}{ADVICE * (not args.train_file)}")
     data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x[:10] == "validation"))
     need(data.dev, f"no validation data for {args.task}, only {', '.join(splits)}")
     for split in ["train", *data.dev]:
@@ -493,8 +493,8 @@ class Side:
         return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
 
 class Table:
-    """The frozen teacher's logits and pooled layers 1..n-1 of a split, by example, in parts on disk, the folder
-    named by all that they depend on. cache "off", or a disk too small: the teacher runs in every step."""
+    """The frozen teacher's logits and pooled layers 1..n-1 of a split, by example; on disk in parts, the name
+    of the folder made of all that they depend on. cache "off", or a disk too small: it runs in every step."""
     PART = 8192
     def __init__(self, teacher, split, pool, cache):
         self.teacher, self.split, self.pool = teacher, split, pool
