@@ -228,10 +228,9 @@ class ContrastiveDistance(ConcatDistance):
             raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
         s, t, device = unit(z_s[0]), unit(z_t[0]), self.bank.device                 # (B, u), (B, u)
         index = torch.as_tensor(index, device=device).long()                        # (B,)
-        if labels is None or labels.is_floating_point():
-            labels = torch.full_like(index, -1)                     # none known
+        classes = labels is not None and not labels.is_floating_point()
         with torch.no_grad():
-            kinds = labels.to(device).long()
+            kinds = labels.to(device).long() if classes else torch.full_like(index, -1)
             parts = gather(index, s, kinds) if self.training else [(index, s, kinds)]
             rows, vectors, known = (torch.cat([x.to(device) for x in column]) for column in zip(*parts))
             if self.training:
@@ -330,15 +329,12 @@ def need(condition, message):
     if not condition:
         raise UserError(message)
 
-def on_signal(number, frame):
+def on_signal(number, frame=None):
     signal.signal(number, signal.SIG_DFL)                           # a second one ends it at once
     SIGNAL["came"] = number
-    if not SIGNAL["wait"]:
-        stop()
-
-def stop():
-    print("railkd.py: stopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(128 + SIGNAL["came"])
+    if not SIGNAL["wait"] or frame is None:
+        print("railkd.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + number)
 
 def store(content, path):                                           # what is at `path` is always whole
     partial = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
@@ -401,10 +397,10 @@ def load_data(args):
     need(data.dev, f"no validation data for {args.task}, only {', '.join(splits)}")
     for split in ["train", *data.dev]:
         table = splits[split].to_dict()
-        need({"label", *columns} <= {*table} and 1 <= len(columns) <= 2 and table["label"],
-             f"{split}: rows of label and one or two columns of text needed, not {[*table]}")
-        for x in columns:
-            need({*map(type, table[x])} == {str}, f"{split}: column {x!r} is not text throughout")
+        kinds = {x: sorted({type(value).__name__ for value in column}) for x, column in table.items()}
+        need(table.get("label") and 1 <= len(columns) <= 2 and all(kinds.get(x) == ["str"] for x in columns)
+             and {*kinds["label"]} <= {"str", "int", "float", "bool", "NoneType"},
+             f"{split}: rows of label and one or two columns of text needed, not {kinds}")
         labels, rows = table["label"], range(len(table["label"]))
         if split == "train":
             names = getattr(splits[split].features["label"], "names", None)
@@ -416,6 +412,7 @@ def load_data(args):
                   float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None for x in labels]
         strange = {str(label) for label, value in zip(labels, values) if value is None}
         need(not strange, f"{split}: labels {strange}, known: {data.names or 'numbers'}")
+        need(split != "train" or len({values[row] for row in rows}) > 1, f"train: no label but {labels[0]}")
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
         data.labels[split] = torch.tensor([values[row] for row in rows])
     labels = data.labels[data.dev[0]]
@@ -435,14 +432,15 @@ class Side:
         try:
             config = AutoConfig.from_pretrained(name)
             ready = role == "teacher" and "SequenceClassification" in "".join(config.architectures or [])
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            if len(self.tokenizer) <= len(self.tokenizer.all_special_ids) or self.tokenizer.pad_token is None:
-                raise ValueError("there is no tokenizer with a vocabulary and a padding token in it")
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **({} if ready else head))
+            self.tokenizer = own = AutoTokenizer.from_pretrained(name)
+            if config.is_encoder_decoder or own.pad_token is None or len(own) <= len(own.all_special_ids):
+                raise ValueError("need an encoder alone, a tokenizer with a vocabulary and a padding token")
             self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         except Exception as error:
-            raise UserError(f"cannot load the {role} {name}: {error}{ADVICE}") from error
+            raise UserError(f"cannot load the {role} {name}: {error}".split("\n")[0]
+                            + ADVICE * (not os.path.exists(name))) from error
         need(self.model.num_labels == len(names),
              f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")
         self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
@@ -603,11 +601,11 @@ class Position:
             self.check()
         if WORLD == 1 or self.step % 50 == 0:                       # several processes: all after one step
             late = time.monotonic() > self.saved + 60 * self.args.checkpoint_minutes
-            late, came = map(any, zip(*gather(late, SIGNAL["came"])))
+            late, came = map(max, zip(*gather(late, SIGNAL["came"])))
             if late or came:
                 self.save()
             if came:
-                stop()
+                on_signal(came)
 
     def check(self):                                                # fp16 may leave out 50 steps in a row
         schedule = self.parts["schedule"]
@@ -771,10 +769,9 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
     metrics = evaluate(lambda split: tables[split].logits(), data)
     if data.names and not made and not args.teacher_labels:
         check_order(tables[data.dev[0]].logits().argmax(1), data.labels[data.dev[0]], data.names)
+    weak = metrics[data.metrics[0]] <= data.floor + 0.01
     print(f"teacher  {teacher.title}; dev {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}; majority "
-          f"baseline {data.floor:.4f}", flush=True)
-    if metrics[data.metrics[0]] <= data.floor + 0.01:
-        print("WARNING: the teacher is no better than the majority baseline. Is it fine-tuned for this task?")
+          f"baseline {data.floor:.4f}" + "\nWARNING: the teacher is no better; untrained?" * weak, flush=True)
     tables["train"] = Table(teacher, "train", pool, cache)          # after the checks: it may take an hour
     if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
         size = len(data.labels["train"])
@@ -809,6 +806,10 @@ def make_loss(student, teacher, args):
 def run(args):                                                      # a finished run tells its results again
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
     folder, config = Path(args.output_dir, args.task, name), settings(args)
+    models = [os.path.realpath(x) for x in (args.teacher, args.student)]
+    need(args.method == "none" or models[0] != models[1], "teacher and student are one and the same model")
+    need(not {os.path.realpath(x) for x in (args.output_dir, folder, folder / "model")} & {*models},
+         f"{folder} is where results go: the teacher and the student must lie elsewhere")
     if args.overwrite or not (folder / "results.json").exists():
         distil(args, folder, config)
     results = json.loads((folder / "results.json").read_text())
@@ -894,8 +895,7 @@ def set_up(args):                                 # device, precision, quiet lib
         args.device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from error
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
+    torch.cuda.set_device(args.device if args.device.type == "cuda" else -1)        # -1: nothing
     if WORLD > 1:
         torch.distributed.init_process_group("gloo" if args.device.type == "cpu" else "cpu:gloo,cuda:nccl")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
@@ -924,7 +924,7 @@ def number(kind, low, high=math.inf):                               # argparse: 
         return kind(text)
     return number
 
-def triple(text):
+def three_numbers(text):
     values = tuple(map(number(float, 0, 1e6), text.split(",")))
     if len(values) != 3 or not sum(values):
         raise argparse.ArgumentTypeError(f"{text} is not CE,KD,ILD: three numbers, not all 0")
@@ -953,7 +953,7 @@ def parse(argv=None):
     add("--lr", type=share, default=2e-5, help="paper: searched in 1e-5, 2e-5, 5e-5, 4e-6")
     add("--weight-decay", type=share, default=0.01, help="AdamW's, from two dimensions on; our choice")
     add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows; our choice")
-    add("--weights", type=triple, metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3 each, for kd 1/2 1/2")
+    add("--weights", type=three_numbers, metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3 each, for kd 1/2 1/2")
     add("--temperature", type=number(float, 1e-3, 1e3), default=2.0, help="of the KD term; our choice")
     add("--proj-dim", type=count, help="width u of the maps; paper: 128")
     add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
@@ -978,7 +978,7 @@ def parse(argv=None):
     files = [args.train_file, args.validation_file]
     if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
         parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
-    args.task = args.task or "own"
+    args.task, args.version = args.task or "own", 2                 # of what is written
     args.weights = args.weights or (not args.distance and WEIGHTS.get(args.method)) or (1 / 3, 1 / 3, 1 / 3)
     if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
         parser.error(f"--method {args.method} has no distance: give one, or leave --select and --weights")

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -672,20 +673,128 @@ def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, monkeypa
     assert bits(R.main(again)) == bits(whole) and not [*tmp_path.rglob("checkpoint*")]
 
 
-def test_a_run_killed_with_sigkill_goes_on(tmp_path, models, capsys):
-    """A real process, killed at whatever it does after its second epoch."""
-    args = command(tmp_path, models, "--epochs", "12", "--patience", "12", "--lr", "0.003")
-    run = subprocess.Popen([sys.executable, str(HERE / "railkd.py"), *args], stdout=subprocess.PIPE, text=True)
+def test_a_run_killed_while_it_writes_goes_on(tmp_path, models, monkeypatch):
+    """Killed when a checkpoint, then when the model is half written. Catches a file that is written in place."""
+    args = command(tmp_path, models, "--epochs", "3", "--lr", "0.003", "--checkpoint-minutes", "0")
+    whole, again = R.main(args), [*args, "--output-dir", str(tmp_path / "again")]
+    for owner, name, calls in (torch, "save", 9), (R, "save", 0):
+
+        def dying(*parts, original=getattr(owner, name), left=iter(range(calls, -1, -1))):
+            if next(left) > 0:
+                return original(*parts)
+            if owner is torch:
+                parts[1].write(b"half a checkpoint")
+            else:
+                parts[0].tokenizer.save_pretrained(parts[1].with_suffix(".partial"))
+            raise Killed
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, dying)
+            R.main(again)
+        assert next((tmp_path / "again").rglob("checkpoint.pt"))
+    assert bits(R.main(again)) == bits(whole)
+    assert not [*(tmp_path / "again").rglob("checkpoint*")] and not [*(tmp_path / "again").rglob("*.partial")]
+
+
+LONG = ["--epochs", "12", "--patience", "12", "--teacher-epochs", "8", "--lr", "0.003"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, models):
+    return bits(R.main(command(tmp_path_factory.mktemp("undisturbed"), models, *LONG)))
+
+
+@pytest.mark.parametrize("which, phase", [("KILL", "teacher"), ("KILL", "student"), ("TERM", "student"), ("INT", "teacher")])
+def test_a_run_stopped_by_a_signal_goes_on(tmp_path, models, undisturbed, capfd, which, phase):
+    """A real process, stopped at whatever it does after the first epoch of a phase."""
+    args = command(tmp_path, models, *LONG)
+    run = subprocess.Popen([sys.executable, str(HERE / "railkd.py"), *args], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
-        if line.startswith("epoch 2 ") and "layers_t" in line:
+        if line.startswith("epoch 1 ") and ("layers_t" in line) == (phase == "student"):
             break
-    run.kill()
-    run.wait()
-    assert not [*tmp_path.rglob("results.json")]
+    run.send_signal(getattr(signal, f"SIG{which}"))
+    error = run.communicate()[1]
+    expected = "" if which == "KILL" else "railkd.py: stopped; the same command goes on from here\n"
+    assert run.returncode == {"KILL": -9, "TERM": 143, "INT": 130}[which] and error == expected
+    assert not [*tmp_path.rglob("results.json")] and len([*tmp_path.rglob("checkpoint.pt")]) == 1
     resumed = R.main(args)
-    assert "resumed in epoch" in capsys.readouterr().out
-    whole = R.main([*args, "--overwrite"])
-    assert "resumed" not in capsys.readouterr().out and bits(resumed) == bits(whole)
+    assert "resumed in epoch" in capfd.readouterr().out and bits(resumed) == undisturbed
+
+
+def test_a_signal_waits_for_the_end_of_a_step(tmp_path, models, monkeypatch, capsys):
+    """Catches a stop in the middle of a step, a position that is off by one, a second signal that is not obeyed."""
+    args, original, steps = command(tmp_path, models, "--method", "none"), R.Objective.forward, []
+
+    def forward(self, rows):
+        steps.append(rows)
+        if len(steps) == 6:                                                 # the second step of the second epoch
+            R.on_signal(signal.SIGTERM, "frame")
+        return original(self, rows)
+    monkeypatch.setattr(R.Objective, "forward", forward)
+    monkeypatch.setitem(R.SIGNAL, "came", 0)
+    monkeypatch.setitem(R.SIGNAL, "wait", False)
+    before = signal.signal(signal.SIGTERM, R.on_signal)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            R.main(args)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL           # the second one ends it at once
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143 and "goes on from here" in capsys.readouterr().err
+    content = torch.load(next(tmp_path.rglob("checkpoint.pt")), weights_only=True)
+    assert content["position"][:2] == [2, 2] and content["schedule"]["last_epoch"] == 6 == len(steps)
+    monkeypatch.setitem(R.SIGNAL, "came", 0)
+    monkeypatch.setitem(R.SIGNAL, "wait", False)
+    R.main(args)
+    assert "resumed in epoch 2 after step 2" in capsys.readouterr().out and len(steps) == 8
+
+
+def test_checkpoints_come_by_the_clock(tmp_path, models, monkeypatch):
+    saved, original = [], R.Position.save
+    monkeypatch.setattr(R.Position, "save", lambda self: saved.append((self.epoch, self.step)) or original(self))
+    R.main(command(tmp_path, models, "--method", "none"))
+    assert saved == [(1, 4), (2, 4)]                                        # ten minutes are not over: once an epoch
+    saved.clear()
+    R.main(command(tmp_path, models, "--method", "none", "--overwrite", "--checkpoint-minutes", "0"))
+    assert saved == [(1, 1), (1, 2), (1, 3), (1, 4), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (2, 4)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, capsys):
+    """Named with epoch, step, its terms and the learning rate of that step; seen after 50 steps at the latest."""
+    args = command(tmp_path, models, "--method", "kd", "--batch-size", "1", "--lr", "0.001", "--warmup", "0.5")
+    original, calls = R.kd_loss, []
+
+    def broken(*parts):
+        calls.append(1)
+        return original(*parts) * (float("nan") if len(calls) == 127 else 1)      # 120 steps an epoch
+    monkeypatch.setattr(R, "kd_loss", broken)
+    with pytest.raises(SystemExit) as stop:
+        R.main(args)
+    error, folder = capsys.readouterr().err, tmp_path / "runs" / "own" / "kd-seed42"
+    assert stop.value.code == 2 and error.count("\n") == 1 and len(calls) == 170
+    assert "epoch 2, step 7, lr 0.00095: loss, ce, kd, ild [nan, 0." in error and ", nan, 0.0]: lower --lr" in error
+    assert (folder / "model" / "model.safetensors").exists() and not (folder / "results.json").exists()
+    calls.clear()
+    monkeypatch.setattr(R.Position, "save", R.Position.check)               # before every checkpoint as well
+    monkeypatch.setattr(R, "kd_loss", lambda *parts: broken(*parts) * (float("inf") if len(calls) == 3 else 1))
+    with pytest.raises(SystemExit):
+        R.main([*args, "--checkpoint-minutes", "0", "--output-dir", str(tmp_path / "other")])
+    assert len(calls) == 3 and "epoch 1, step 3" in capsys.readouterr().err
+
+
+def test_steps_that_fp16_leaves_out_are_counted(tmp_path, models, monkeypatch, capsys):
+    """Scaling skips a step whose gradient overflows; only 50 in a row without a finite loss stop the run."""
+    args = command(tmp_path, models, "--method", "none", "--amp", "fp16", "--batch-size", "2", "--epochs", "1")
+    original, bad = R.Objective.forward, [3, 4]
+    monkeypatch.setattr(R.Objective, "forward", lambda self, rows: original(self, rows) * (
+        float("inf") if bad.append(0) or len(bad) - 2 in bad[:2] else 1))
+    results = R.main(args)
+    assert results["history"][0]["skipped"] >= 2 and math.isfinite(results["history"][0]["loss"])
+    assert "skipped" in capsys.readouterr().out
+    monkeypatch.setattr(R.Objective, "forward", lambda self, rows: original(self, rows) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        R.main([*args, "--output-dir", str(tmp_path / "never")])
+    assert stop.value.code == 2 and "epoch 1, step 51" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_command_is_refused(tmp_path, models, monkeypatch, capsys):
@@ -896,6 +1005,26 @@ def test_two_runs_at_once_do_no_harm(tmp_path, models):
     assert len(scores) == 1 and not [path for path in (tmp_path / "runs" / "teacher-cache").rglob("*.*") if path.suffix != ".pt"]
 
 
+def test_too_little_disk_turns_the_cache_off(tmp_path, models, monkeypatch, capsys):
+    whole = R.main(command(tmp_path, models, "--teacher-cache", "off", "--epochs", "1"))
+    size = 120 * (3 * 16 * 2 + 2 * 4) / 1e6
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=0))
+    results = R.main(command(tmp_path, models, "--overwrite", "--epochs", "1"))
+    out = capsys.readouterr().out
+    assert f"cache    train: {size:.1f} MB for" in out and out.count("WARNING: too little disk") == 2
+    assert not [*tmp_path.rglob("teacher-cache/*/*")] and bits(results) == bits(whole)
+
+
+def test_a_damaged_cache_is_named(tmp_path, models, capsys):
+    R.main(command(tmp_path, models, "--epochs", "1"))
+    part = max((tmp_path / "runs" / "teacher-cache").rglob("0.pt"), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop:
+        R.main(command(tmp_path, models, "--seed", "1"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{part} is damaged: delete it" in error and error.count("\n") == 1
+
+
 def test_a_warm_cache_needs_no_teacher(tmp_path, models, monkeypatch):
     args = command(tmp_path, models)
     R.main(args)
@@ -1070,9 +1199,14 @@ def test_subset_of_the_training_data_does_not_depend_on_the_seed(tmp_path, model
     assert texts[0] == texts[1] and len(texts[0]) == 20 and texts[0] != rows_of(120)["text"][:20]
 
 
-def test_warning_where_the_teacher_knows_nothing(tmp_path, models, capsys):
-    R.main(command(tmp_path, models, "--teacher-lr", "0", "--epochs", "1"))
-    assert "WARNING: the teacher is no better" in capsys.readouterr().out
+def test_a_run_that_learns_nothing_says_so_at_its_end(tmp_path, models, capsys):
+    R.main(command(tmp_path, models, "--teacher-lr", "0", "--lr", "0", "--epochs", "1"))
+    out = capsys.readouterr().out
+    assert "WARNING: the teacher is no better" in out.split("training 1 epochs")[0]       # before the first step
+    for side in ("teacher", "student"):
+        assert f"WARNING: the {side} has learned nothing: majority baseline 0.5" in out.split("all epochs: about")[-1]
+    R.main(command(tmp_path, models, "--teacher-lr", "0", "--lr", "0", "--epochs", "1"))
+    assert capsys.readouterr().out.count("WARNING") == 2                                  # the stored results again
 
 
 def test_warning_where_the_student_collapses(tmp_path, models, capsys, monkeypatch):
@@ -1080,7 +1214,9 @@ def test_warning_where_the_student_collapses(tmp_path, models, capsys, monkeypat
     monkeypatch.setattr(R, "watch", lambda *args: {"cosine_s": next(values)})
     monkeypatch.setattr(R, "evaluate", lambda *args: {"accuracy": 0.1})
     assert R.main(command(tmp_path, models, "--method", "none"))["history"][1]["collapsed"]
-    assert capsys.readouterr().out.count("WARNING: the student collapses") == 1
+    out = capsys.readouterr().out
+    assert out.count("WARNING: the student collapses") == 1
+    assert "WARNING: the student has learned nothing: majority baseline 0.5" in out
 
 
 def test_early_stopping_keeps_the_best(tmp_path, models, monkeypatch):
@@ -1108,16 +1244,22 @@ def test_report(tmp_path, capsys):
 
 MISTAKES = [
     (["--task", "sst3"], "--task"), (["--task", "toy", "--method", "railkd"], "--method"), ([], "--task"),
-    (["--task", "toy", "--epochs", "0"], "--epochs"), (["--task", "toy", "--lr", "fast"], "--lr"),
-    (["--task", "toy", "--weights", "1,1"], "CE,KD,ILD"), (["--task", "toy", "--weights", "0,0,0"], "CE,KD,ILD"),
     (["--task", "toy", "--method", "kd", "--weights", "1,1,1"], "--weights"),
     (["--task", "toy", "--method", "kd", "--select", "last"], "--select"), (["--train-file", "a.csv"], "--validation-file"),
-    (["--task", "toy", "--device", "tpu9"], "--device"),
-    (["--report", "nowhere"], "no finished run"), (["--task", "qnli", "--data-root", "nowhere"], "--data-root"),
-    (["--train-file", "no.csv", "--validation-file", "no.csv"], "no.csv"),
-    (["--task", "toy", "--method", "ckd", "--shared-proj", "--epochs", "1", "--teacher-epochs", "1",
-      "--max-train-examples", "20"], "one width"),
-]
+    (["--report", "nowhere"], "no finished run"), (["--task", "qnli", "--data-root", "nowhere"], "no nowhere/nyu-mll/glue/qnli"),
+    (["--task", "sst2", "--train-file", "no.csv", "--validation-file", "no.csv"], "need --task"),
+    (["--train-file", "no.csv", "--validation-file", "no.csv"], "no.csv is no csv"),
+    (["--train-file", "no.xlsx", "--validation-file", "no.xlsx"], "no.xlsx is no csv"),
+    (["--task", "toy", "--method", "ckd", "--shared-proj"], "one width"),
+    (["--task", "toy", "--method", "rail-l", "--select", "all"], "one width"),
+    (["--task", "toy", "--method", "kd", "--distance", "layerwise"], "no such pair"),
+    *((["--task", "toy", flag, value], flag) for flag, values in {
+        "--epochs": "0 1.5 -1 many", "--patience": "0 -3", "--batch-size": "0 x", "--grad-accumulation": "0",
+        "--lr": "fast -1 nan inf", "--weight-decay": "2", "--warmup": "1.5", "--temperature": "0 inf nan", "--proj-dim": "0",
+        "--max-length": "3", "--max-train-examples": "0", "--seed": "-1 1e3", "--teacher-epochs": "0", "--teacher-lr": "x",
+        "--teacher-seed": "-2", "--checkpoint-minutes": "-1 nan", "--weights": "1,1 0,0,0 a,b,c nan,1,1 -1,1,1",
+        "--amp": "int8", "--start": "warm", "--teacher-proj": "no", "--device": "tpu9", "--select": "some",
+        "--distance": "far"}.items() for value in values.split())]
 
 
 @pytest.mark.parametrize("args, message", MISTAKES, ids=[" ".join(args) or "nothing" for args, _ in MISTAKES])
@@ -1127,22 +1269,154 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, args, message):
     with pytest.raises(SystemExit) as stop:
         R.main(args)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not [*tmp_path.rglob("results.json")]
-
-
-@pytest.mark.parametrize("train, message", [
-    ({"text": ["a"], "target": ["x"]}, "label"), ({"text": [1, 2], "label": ["x", "y"]}, "not text"),
-    ({"a": ["x"], "b": ["x"], "c": ["x"], "label": ["x"]}, "one or two"), ({"text": [], "label": []}, "no data"),
-    ({"text": ["a", "b"], "label": ["x", "z"]}, "y"), ({"text": ["a", "b"], "label": ["x", ""]}, "''"),
-    ({"text": ["a", "b"], "label": [0.5, 1.5]}, "labels {")],
-    ids=["no label", "no text", "three texts", "empty", "new label", "no value", "words for numbers"])
-def test_mistakes_in_files(tmp_path, models, capsys, train, message):
-    dev = {"text": ["a", "b"], "label": ["x", "y"]}
-    with pytest.raises(SystemExit) as stop:
-        R.main(["--train-file", write_table(tmp_path / "train.csv", train), "--validation-file",
-                write_table(tmp_path / "dev.jsonl", dev), *models, "--output-dir", str(tmp_path / "runs")])
-    error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "untrained" not in str(path)]
+
+
+GOOD = "text,label\na b,good\nc d,bad\ne f,good\n"
+FILES = [                                               # name, train, dev, what the line says
+    ("no label.csv", "text,target\na,x\nb,y\n", GOOD, "rows of label"), ("unlabelled.csv", "text\na\nb\n", GOOD, "rows of label"),
+    ("no text.jsonl", '{"text": 1, "label": "x"}\n{"text": 2, "label": "y"}\n', GOOD, "'text': ['int']"),
+    ("text missing.jsonl", '{"text": null, "label": "x"}\n{"text": "b", "label": "y"}\n', GOOD, "NoneType"),
+    ("lists.jsonl", '{"text": "a", "label": ["x"]}\n{"text": "b", "label": ["y"]}\n', GOOD, "'label': ['list']"),
+    ("three texts.csv", "a,b,c,label\nx,x,x,good\ny,y,y,bad\n", GOOD, "one or two"), ("empty.csv", "", GOOD, "No columns"),
+    ("header.csv", "text,label\n", GOOD, "no data"), ("empty.jsonl", "", GOOD, "no own data"),
+    ("truncated.jsonl", '{"text": "a", "label": "good"}\n{"text": "b", "la', GOOD, "JSON"),
+    ("truncated.parquet", "PAR1abcdef", GOOD, "parquet"), ("latin.csv", "text,label\ncaf\xe9,good\nx,bad\n".encode("latin-1"), GOOD, "utf-8"),
+    ("semicolons.csv", "text;label\na;good\nb;bad\n", GOOD, "text;label"), ("commas.tsv", GOOD, GOOD, "text,label"),
+    ("one class.csv", "text,label\na,good\nb,good\n", "text,label\na,good\n", "no label but good"),
+    ("one row.csv", "text,label\na,good\n", "text,label\na,good\n", "no label but good"),
+    ("no value.csv", "text,label\na,\nb,good\nc,bad\n", GOOD, "labels {''}"), ("new label.csv", GOOD, "text,label\na,great\n", "{'great'}"),
+    ("class not in train.csv", "text,label\na,good\nb,fine\n", GOOD, "{'bad'}"),
+    ("out of range.csv", "text,label\na,0\nb,1\n", "text,label\na,2\n", "labels {'2'}, known: ['0', '1']"),
+    ("floats for classes.csv", "text,label\na,0\nb,1\n", "text,label\na,0.5\nb,1\n", "'0.5'"),
+    ("words for numbers.csv", "text,label\na,0.5\nb,1.5\n", GOOD, "known: numbers"),
+    ("infinite.csv", "text,label\na,0.5\nb,inf\n", "text,label\na,0.5\n", "labels {'inf'}"),
+    ("other columns.csv", GOOD, "sentence,label\na,good\nb,bad\n", "'sentence'"),
+    ("empty dev.csv", GOOD, "text,label\n", "no data")]
+
+
+@pytest.mark.parametrize("name, train, dev, message", FILES, ids=[row[0] for row in FILES])
+def test_mistakes_in_files(tmp_path, models, capsys, name, train, dev, message):
+    for path, content in (tmp_path / name, train), (tmp_path / f"dev{name[-4:]}" if name[-4:] == ".tsv" else tmp_path / "dev.csv", dev):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused([*models, "--output-dir", str(tmp_path / "runs"), "--train-file", str(tmp_path / name), "--validation-file", str(path)],
+            message, tmp_path / "runs", capsys)
+
+
+def refused(args, message, folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        R.main(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1, error
+    assert not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_parquet_with_other_columns_is_refused(tmp_path, models, capsys):
+    from datasets import Dataset
+    Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}).to_parquet(tmp_path / "odd.parquet")
+    refused([*command(tmp_path, models), "--train-file", str(tmp_path / "odd.parquet")], "rows of label", tmp_path / "runs", capsys)
+
+
+@pytest.mark.parametrize("content", [
+    "\ufefflabel,text\ngood,a b\nbad,c d\n", 'label\ttext\ngood\t"a\tb"\nbad\tc "d\n', "label,text\ngood,\nbad,\n",
+    f"label,text\ngood,{'word ' * 200_000}\nbad,x\n", "label,text\ngood,\U0001f600\U0001f600\nbad,\x01\x02\x07\u200b\n"],
+    ids=["byte order mark", "quoted tab", "no words", "a million characters", "emoji and control characters"])
+def test_odd_texts_work(tmp_path, models, content):
+    path = tmp_path / ("odd.tsv" if "\t" in content else "odd.csv")
+    path.write_text(content, encoding="utf-8")
+    results = R.main([*command(tmp_path, models), "--train-file", str(path), "--validation-file", str(path), "--epochs", "1"])
+    assert set(json.loads(Path(results["model"], "config.json").read_text())["label2id"]) == {"bad", "good"}
+
+
+def test_label_names_come_back_as_they_were(tmp_path, models):
+    from transformers import AutoConfig
+    labels = ["very good", "d\u00e9j\u00e0 vu \u2713", "07", "null"]
+    write_table(tmp_path / "odd.jsonl", {"text": list("abcd"), "label": labels})
+    results = R.main([*command(tmp_path, models, "--epochs", "1"), "--train-file", str(tmp_path / "odd.jsonl"),
+                      "--validation-file", str(tmp_path / "odd.jsonl")])
+    config = AutoConfig.from_pretrained(results["model"])
+    assert sorted(labels) == [config.id2label[i] for i in range(4)] and config.label2id["07"] == sorted(labels).index("07")
+
+
+@pytest.mark.parametrize("what, message", [
+    ("weights cut off", "cannot load the teacher"), ("config cut off", "not a valid JSON"), ("no weights", "model.safetensors"),
+    ("code in a pickle", "Weights only load failed"), ("vision", "ViTConfig"), ("no encoder", "an encoder alone"), ("no tokenizer", "tokenizer"),
+    ("another head", "knows 3 labels, the task has 2"), ("a file", "cannot load the teacher"), ("nothing", "HF_HUB_OFFLINE")])
+def test_mistakes_in_models(tmp_path, models, capsys, what, message):
+    import transformers as hub
+    folder = tmp_path / "model"
+    shutil.copytree(models[1], folder)
+    weights, small = folder / "model.safetensors", {"vocab_size": 65, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    if what == "weights cut off":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif what == "config cut off":
+        (folder / "config.json").write_text('{"model_type": ')
+    elif what in ("no weights", "code in a pickle"):
+        weights.unlink()
+    elif what == "another head":
+        hub.AutoModelForSequenceClassification.from_pretrained(models[1], num_labels=3).save_pretrained(folder)
+    elif what == "vision":
+        hub.ViTModel(hub.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                   image_size=8, patch_size=4)).save_pretrained(folder)
+    elif what == "no encoder":
+        hub.T5Model(hub.T5Config(**small)).save_pretrained(folder)
+    elif what == "no tokenizer":
+        for path in folder.glob("*[!h]*.txt"):
+            path.unlink()
+    if what == "code in a pickle":
+        class Code:
+            def __reduce__(self):
+                return (Path.touch, (tmp_path / "ran",))
+        torch.save({"code": Code()}, folder / "pytorch_model.bin")
+    if what in ("a file", "nothing"):
+        shutil.rmtree(folder)
+        what == "a file" and folder.write_text("{}")
+    refused([*command(tmp_path, models), "--teacher", str(folder)], message, tmp_path / "runs", capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_teacher_student_and_results_are_three_places(tmp_path, models, capsys):
+    args, runs = command(tmp_path, models), tmp_path / "runs"
+    refused([*args, "--student", models[1]], "one and the same model", runs, capsys)
+    refused([*args, "--output-dir", models[1]], "must lie elsewhere", tmp_path / "no", capsys)
+    model = R.main(args)["model"]
+    before, error = Path(model, "model.safetensors").read_bytes(), capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        R.main([*args, "--student", model, "--overwrite"])
+    assert stop.value.code == 2 and "must lie elsewhere" in capsys.readouterr().err
+    assert Path(model, "model.safetensors").read_bytes() == before
+
+
+def test_results_of_another_version_or_command_are_left_alone(tmp_path, models, capsys):
+    args = command(tmp_path, models, "--method", "none", "--epochs", "1")
+    path = Path(R.main(args)["model"]).parent / "results.json"
+    results = json.loads(path.read_text())
+    del results["config"]["version"], results["floor"]
+    path.write_text(json.dumps(results))
+    for more, what in ([], "other version"), (["--lr", "0.5"], "other lr, version"):
+        with pytest.raises(SystemExit) as stop:
+            R.main([*args, *more])
+        assert stop.value.code == 2 and what in capsys.readouterr().err and json.loads(path.read_text()) == results
+    assert R.main([*args, "--overwrite"])["floor"] == 0.52
+
+
+def test_a_full_disk_or_a_closed_folder_is_one_line(tmp_path, models, monkeypatch, capsys):
+    args = command(tmp_path, models, "--method", "none", "--epochs", "1")
+    earlier = R.main(args)
+    before = {path: path.read_bytes() for path in Path(earlier["model"]).parent.rglob("*") if path.is_file()}
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(full))
+        with pytest.raises(SystemExit) as stop:
+            R.main([*args, "--seed", "1"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "No space left on device" in error and error.count("\n") == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    (tmp_path / "closed").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        R.main([*args, "--output-dir", str(tmp_path / "closed")])
+    assert stop.value.code == 1 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_student_deeper_than_its_teacher_is_refused(tmp_path, models, capsys):
