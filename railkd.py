@@ -581,16 +581,16 @@ class Position:
             need(not changed, f"{self.path} is of a run with other {changed}: pass the same, or delete it")
             for name, part in parts.items():
                 part.load_state_dict(content[name])
-            self.epoch, self.step, self.sums, self.history = content["position"]
-            torch.set_rng_state(content["random"][RANK][0])
-            torch.cuda.set_rng_state_all(content["random"][RANK][1])
+            self.epoch, self.step, self.history, self.sums = *content["position"], content["mine"][RANK][2]
+            torch.set_rng_state(content["mine"][RANK][0])
+            torch.cuda.set_rng_state_all(content["mine"][RANK][1])
             print(f"resumed in epoch {self.epoch} after step {self.step}", flush=True)
 
     def save(self):
         self.check()
         content = {name: part.state_dict() for name, part in self.parts.items()}
-        content["position"] = [self.epoch, self.step, self.sums, self.history]
-        content["random"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        content["position"] = [self.epoch, self.step, self.history]
+        content["mine"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all(), self.sums)
         if RANK == 0:
             store(content | {"settings": settings(self.args)}, self.path)
         self.saved = time.monotonic()

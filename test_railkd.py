@@ -759,6 +759,23 @@ def test_checkpoints_come_by_the_clock(tmp_path, models, monkeypatch):
     assert saved == [(1, 1), (1, 2), (1, 3), (1, 4), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (2, 4)]
 
 
+def test_every_process_gets_its_own_state_back(tmp_path, monkeypatch):
+    """Catches random states and sums of losses that all come from the first process."""
+    args, model = R.parse(["--task", "toy"])[1], torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    parts = {"objective": model, "optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False),
+             "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)}
+    states = [torch.Generator().manual_seed(rank).get_state() for rank in range(2)]
+    at = R.Position(tmp_path, args, **parts)
+    at.stepped(torch.ones(4), 32)
+    monkeypatch.setattr(R, "gather", lambda *values: [(states[rank], values[1], [rank + x for x in values[2]]) for rank in range(2)])
+    at.save()
+    for rank in range(2):
+        monkeypatch.setattr(R, "RANK", rank)
+        at = R.Position(tmp_path, args, **parts)
+        assert at.sums == [32.0 + rank] * 4 and at.step == 1 and torch.equal(torch.get_rng_state(), states[rank])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, capsys):
     """Named with epoch, step, its terms and the learning rate of that step; seen after 50 steps at the latest."""
     args = command(tmp_path, models, "--method", "kd", "--batch-size", "1", "--lr", "0.001", "--warmup", "0.5")
