@@ -872,6 +872,17 @@ def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
     assert "proj_s.weight" in dict(kept["modules"][1].distance.named_parameters())
 
 
+def test_dropout_is_on_in_the_student_s_training_alone(tmp_path, models, monkeypatch):
+    modes, run = {3: [], 4: []}, R.Side.__call__
+    monkeypatch.setattr(R.Side, "__call__", lambda self, split, rows: modes[self.blocks].append(
+        (self.model.training, torch.is_grad_enabled())) or run(self, split, rows))
+    R.main(command(tmp_path, models, "--epochs", "1", "--teacher-epochs", "1"))
+    for blocks in (3, 4):                                # the student and the teacher, which is trained before
+        assert modes[blocks].count((True, True)) == 4 and {*modes[blocks]} == {(True, True), (False, False)}
+    R.main(command(tmp_path, models, "--epochs", "1", "--teacher-epochs", "1", "--seed", "1", "--teacher-cache", "off"))
+    assert modes[3].count((True, True)) == 8 and modes[4].count((True, True)) == 4
+
+
 def test_accumulation_equals_the_large_batch(tmp_path, models):
     """Catches a step on the first batch, a mean of means where the last group is smaller (120 = 3 x 36 + 12)."""
     from transformers import AutoModelForMaskedLM
