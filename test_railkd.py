@@ -967,6 +967,12 @@ def test_cache_is_read_not_made_again(tmp_path, models, monkeypatch):
     assert calls == [50] and torch.equal(first.logits(), again.logits())
     rows = torch.tensor([99, 3, 50])
     assert all(torch.equal(x, y) for x, y in zip(first(rows, [3, 1]), again(rows, [3, 1])))
+    live = R.Table(teacher, "train", R.mean_pool, "off")
+    with torch.no_grad():                                                   # layer l is the output of block l
+        logits, hidden, mask = teacher("train", rows)
+    for table in (first, live):
+        assert torch.allclose(table(rows, [3, 1])[1].float(), torch.stack([R.mean_pool(hidden[3], mask), R.mean_pool(hidden[1], mask)], 1), atol=2e-3)
+        assert torch.allclose(table(rows, [3, 1])[0], logits, atol=1e-5)
     assert first(rows, [])[1].shape == (3, 0, 16) and first(rows, [2])[0].dtype == torch.float32
     assert first.parts[0]["pooled"].shape == (3, 50, 16) and first.parts[0]["pooled"].dtype == torch.float16
 
