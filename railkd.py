@@ -95,8 +95,8 @@ class Distance(nn.Module):
     Both sides are cut into pieces (one for each slot: layers side by side), mapped, and compared (`term`).
     With proj_dim `proj_s`, `proj_t` map both sides to it; without, `proj_s` maps up to the teacher's width if
     widths differ: one nn.Linear (shared) or an nn.ModuleList. start "ridge": `fit`, called once, puts the
-    student's map at the least-squares solution; "random": as drawn. teacher_proj "trained": literal. alpha:
-    the pieces' weights (paper: 1). ValueError for bad shapes and options, RuntimeError for a missing fit."""
+    student's map at the least-squares solution; "random": as drawn. teacher_proj "trained": as in the paper.
+    alpha: weights of the pieces (paper: 1). ValueError: bad shapes, options. RuntimeError: missing fit."""
     def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, bias=True,
                  teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None):
         super().__init__()
@@ -262,8 +262,8 @@ class IntermediateLoss(nn.Module):
     ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar: blocks + 1 tensors (B, L, d), as of
     `output_hidden_states`; masks (B, L), None where nothing is padded; L may differ. Pooled already:
     ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's, options go to the distance.
-    `.layers_s`, `.layers_t` are in use; parameters belong in the optimizer. ValueError for unknown names,
-    impossible layers, wrong shapes; RuntimeError before the draw or the fit."""
+    `.layers_s`, `.layers_t` are in use; parameters belong in the optimizer. ValueError: unknown names,
+    impossible layers, wrong shapes. RuntimeError: before the draw or the fit."""
     def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
                  **distance_options):
         super().__init__()
@@ -300,8 +300,7 @@ class IntermediateLoss(nn.Module):
         return self.distance(pooled_s, pooled_t, index=index, labels=labels)
 
     @torch.no_grad()
-    def fit(self, batches):
-        """The ridge start, from an iterable of (hidden_states_s, mask_s, hidden_states_t, mask_t)."""
+    def fit(self, batches):                                         # of the same four that forward takes
         pooled = [(self.pool("s", h_s, mask_s), self.pool("t", h_t, mask_t, range(1, self.blocks["t"])))
                   for h_s, mask_s, h_t, mask_t in batches]
         self.distance.fit(*map(torch.cat, zip(*pooled)), chances=self.chances())
@@ -338,10 +337,13 @@ def on_signal(number, frame=None):
 
 def store(content, path):                                           # what is at `path` is always whole
     partial = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)                             # of a full disk
 
 def load(path, **options):
     try:
@@ -451,7 +453,7 @@ class Side:
     def freeze(self):                                           # no gradient; a hash of weights and tokenizer
         self.model.eval().requires_grad_(False)
         rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else str(self.tokenizer)
-        digest = hashlib.sha256(rules.encode())
+        digest = hashlib.sha256((rules + self.model.config.to_json_string()).encode())
         for tensor in self.model.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy())
         self.content = digest.hexdigest()
@@ -460,7 +462,8 @@ class Side:
         if split not in self.tokens:
             from datasets import Dataset
             takes = inspect.signature(self.model.forward).parameters    # DistilBERT takes no token_type_ids
-            longest = min(self.args.max_length, self.tokenizer.model_max_length)
+            most = getattr(self.model.config, "max_position_embeddings", 512) - 2       # if nobody says
+            longest = min(self.args.max_length, x if (x := self.tokenizer.model_max_length) < 1e9 else most)
             tokenize = lambda x: self.tokenizer(*x.values(), truncation=True, max_length=longest).items()
             texts = Dataset.from_dict({str(i): column for i, column in enumerate(self.texts[split])})
             tokens = texts.map(lambda x: {k: v for k, v in tokenize(dict(x)) if k in takes}, batched=True,
@@ -501,7 +504,7 @@ class Table:
         folder = Path(cache, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16])
         parts = [] if cache == "off" else torch.arange(len(teacher.texts[split][0])).split(self.PART)
         paths = {folder / f"{rows[0]}.pt": rows for rows in parts}
-        missing = [path for path in paths if not path.exists()]
+        missing, = gather([path for path in paths if not path.exists()])[0]
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             size = sum(len(paths[path]) for path in missing) * (
@@ -583,7 +586,7 @@ class Position:
                 part.load_state_dict(content[name])
             self.epoch, self.step, self.history, self.sums = *content["position"], content["mine"][RANK][2]
             torch.set_rng_state(content["mine"][RANK][0])
-            torch.cuda.set_rng_state_all(content["mine"][RANK][1])
+            torch.cuda.set_rng_state_all(content["mine"][RANK][1][:torch.cuda.device_count()])
             print(f"resumed in epoch {self.epoch} after step {self.step}", flush=True)
 
     def save(self):
@@ -593,19 +596,18 @@ class Position:
         content["mine"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all(), self.sums)
         if RANK == 0:
             store(content | {"settings": settings(self.args)}, self.path)
-        self.saved = time.monotonic()
+        self.saved, came = time.monotonic(), max(came for came, in gather(SIGNAL["came"]))
+        if came:                                                    # now that it is on disk
+            on_signal(came)
 
     def stepped(self, losses, size):                                # losses (4,), mean over `size` examples
         self.step, self.recent = self.step + 1, [*self.recent, (losses, size)]
         if self.step % 50 == 0:
             self.check()
-        if WORLD == 1 or self.step % 50 == 0:                       # several processes: all after one step
-            late = time.monotonic() > self.saved + 60 * self.args.checkpoint_minutes
-            late, came = map(max, zip(*gather(late, SIGNAL["came"])))
-            if late or came:
+        if WORLD == 1 or self.step % 10 == 0:                       # several processes: in the same step
+            late = SIGNAL["came"] or time.monotonic() > self.saved + 60 * self.args.checkpoint_minutes
+            if any(late for late, in gather(late)):
                 self.save()
-            if came:
-                on_signal(came)
 
     def check(self):                                                # fp16 may leave out 50 steps in a row
         schedule = self.parts["schedule"]
@@ -657,8 +659,9 @@ def train(student, data, args, folder, tables=None, ild=None):
             optimizer.zero_grad()
             at.stepped(losses, len(group))
         at.check()                                                  # waits for the device
-        seconds, SIGNAL["wait"] = time.perf_counter() - began, False
+        seconds = time.perf_counter() - began
         at.save()
+        SIGNAL["wait"] = False
         loss, ce, kd, inter = (sum(x) / len(labels) for x in zip(*(x for x, in gather(at.sums))))
         metrics = evaluate(lambda split: predict(student, split), data)
         row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce, "kd": tables and kd,
@@ -666,21 +669,19 @@ def train(student, data, args, folder, tables=None, ild=None):
                "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metrics[0]],
                "metrics": metrics}
         row["collapsed"] = before is not None and 1 - row["cosine_s"] < 0.1 * (1 - before)
-        row["skipped"] = schedule.last_epoch - int(next(iter(optimizer.state.values()))["step"])    # by fp16
+        row["skipped"] = schedule.last_epoch - int(next(iter(optimizer.state.values()))["step"]) or None
         at.history, better = [*at.history, row], not best or row["score"] > best["score"]
         if RANK == 0:
             if better:
                 save(student, folder / "model")
             (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.history))
         at.epoch, at.step, at.sums = epoch + 1, 0, [0.0] * 4
-        shown = {k: row[k] for k in ("epoch", "layers_t", "loss", "ce", "kd", "ild", "skipped")}
-        shown |= {**metrics, "seconds": seconds}
+        shown = {k: row[k] for k in "epoch layers_t loss ce kd ild skipped seconds".split()} | metrics
+        alarm = f"\nWARNING: the student collapses: cosine_s was {before} before training" * row["collapsed"]
         print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
-                if v not in (None, 0)), "*" * better, sep="  ", flush=True)         # *: the best so far
+                if v is not None), "*" * better + alarm, sep="  ", flush=True)      # *: the best so far
         if epoch == 1:
             print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
-        if row["collapsed"]:
-            print(f"WARNING: the student collapses: cosine_s was {before:.3f} before training", flush=True)
     return at.history
 
 def settings(args):                                                 # what results depend on
@@ -709,8 +710,7 @@ def measure(name, logits, labels):                           # 0 where it is not
     return torch.tensor(getattr(value, "statistic", value), dtype=torch.float64).nan_to_num().item()
 
 def evaluate(predict, data):                               # predict(split): logits (N, C); all dev sets apart
-    return {name + split.removeprefix("validation").removeprefix("_matched"):
-            measure(name, logits, data.labels[split])
+    return {name + split[10:].replace("_matched", ""): measure(name, logits, data.labels[split])
             for split in data.dev for logits in [predict(split)] for name in data.metrics}
 
 def speed(side, data):                                              # examples/s that it answers
@@ -743,7 +743,7 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
     names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp data".split()
     key = hashlib.sha256(json.dumps([vars(args)[x] for x in names]).encode()).hexdigest()[:12]
     folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
-    made = folder.exists()
+    made, = gather(folder.exists())[0]
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
     ild = make_loss(student, teacher, args) if args.weights[2] else None    # before hours are spent
@@ -763,16 +763,15 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
         need(sorted(args.teacher_labels) == sorted(data.names or []),
              f"--teacher-labels: name each of the task's labels once, they are {data.names}")
         teacher.order = [args.teacher_labels.index(name) for name in data.names]
-    cache = args.teacher_cache or Path(args.output_dir, "teacher-cache")
-    pool = POOLINGS[METHODS[args.method][2]]
-    tables = {split: Table(teacher, split, pool, cache) for split in data.dev}
+    where = POOLINGS[METHODS[args.method][2]], args.teacher_cache or Path(args.output_dir, "teacher-cache")
+    tables = {split: Table(teacher, split, *where) for split in data.dev}
     metrics = evaluate(lambda split: tables[split].logits(), data)
     if data.names and not made and not args.teacher_labels:
         check_order(tables[data.dev[0]].logits().argmax(1), data.labels[data.dev[0]], data.names)
     weak = metrics[data.metrics[0]] <= data.floor + 0.01
     print(f"teacher  {teacher.title}; dev {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}; majority "
           f"baseline {data.floor:.4f}" + "\nWARNING: the teacher is no better; untrained?" * weak, flush=True)
-    tables["train"] = Table(teacher, "train", pool, cache)          # after the checks: it may take an hour
+    tables["train"] = Table(teacher, "train", *where)          # after the checks: it may take an hour
     if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
         size = len(data.labels["train"])
         rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
@@ -787,9 +786,8 @@ def check_order(answers, labels, names):                         # an assignment
     best = linear_sum_assignment(-confusion)[1].tolist()                    # label i is answer best[i]
     now, then = confusion.trace(), confusion[range(len(names)), best].sum()
     order = ",".join(names[best.index(answer)] for answer in range(len(names)))
-    need(then <= now + 0.1 or len(answers.unique()) == 1,
-         f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}: pass "
-         f"--teacher-labels {order} (or the order that you know to be right)")
+    need(then <= now + 0.1 or len(answers.unique()) == 1, f"the teacher's dev accuracy is {now:.3f}, with "
+         f"its labels reordered {then:.3f}: pass --teacher-labels {order} (or the right order)")
 
 def make_loss(student, teacher, args):
     size, kind = len(student.texts["train"][0]), DISTANCES[args.distance or METHODS[args.method][1]]
@@ -804,6 +802,7 @@ def make_loss(student, teacher, args):
         raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
 
 def run(args):                                                      # a finished run tells its results again
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
     folder, config = Path(args.output_dir, args.task, name), settings(args)
     models = [os.path.realpath(x) for x in (args.teacher, args.student)]
@@ -839,6 +838,7 @@ def distil(args, folder, config):                                   # from the d
     student = Side("student", args.student, data, args)
     if args.weights[1] or args.weights[2]:
         teacher, tables, metrics_t, ild = prepare_teacher(student, data, args, folder / "teacher")
+        shutil.rmtree(folder / "teacher", ignore_errors=True)       # where another run was faster
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
     print(f"student  {student.title}\n"
           f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
@@ -846,9 +846,8 @@ def distil(args, folder, config):                                   # from the d
           f"method   {folder.name}; layers {pairs}; CE KD ILD {' '.join(f'{w:.2g}' for w in args.weights)}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
           f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
-    if RANK == 0 and (folder / "results.json").exists():            # --overwrite: nothing of it is used
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        (folder / "results.json").unlink()
+    for name in ["checkpoint.pt", "results.json"] * (RANK == 0 and (folder / "results.json").exists()):
+        (folder / name).unlink(missing_ok=True)                     # --overwrite: nothing of it is used
     history = train(student, data, args, folder, tables, ild)
     best = max(history, key=lambda row: row["score"])
     results = {
@@ -898,7 +897,6 @@ def set_up(args):                                 # device, precision, quiet lib
     torch.cuda.set_device(args.device if args.device.type == "cuda" else -1)        # -1: nothing
     if WORLD > 1:
         torch.distributed.init_process_group("gloo" if args.device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
@@ -908,7 +906,7 @@ def set_up(args):                                 # device, precision, quiet lib
     if not all(map(os.path.exists, local)) and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-        except (OSError, ValueError) as error:                      # before the libraries are imported
+        except Exception as error:                                  # before the libraries are imported
             os.environ["HF_HUB_OFFLINE"] = "0" if hasattr(error, "code") else "1"       # a 404 is an answer
     import datasets
     from transformers import logging
@@ -989,10 +987,12 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         return report(args.report) if args.report else run(args)
-    except UserError as error:
+    except (UserError, json.JSONDecodeError) as error:
         parser.error(" ".join(str(error).split()))
-    except OSError as error:                                        # full disk, unwritable folder
-        parser.exit(1, f"railkd.py: error: {error}\n")
+    except Exception as error:                                      # a full disk has many names
+        if not (isinstance(error, OSError) or "os error" in str(error) or "inline_container" in str(error)):
+            raise
+        parser.exit(1, f"railkd.py: error: {' '.join(str(error).split())}\n")
 
 if __name__ == "__main__":
     for which in (signal.SIGTERM, signal.SIGINT):

@@ -749,6 +749,31 @@ def test_a_signal_waits_for_the_end_of_a_step(tmp_path, models, monkeypatch, cap
     assert "resumed in epoch 2 after step 2" in capsys.readouterr().out and len(steps) == 8
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_during_the_last_checkpoint_of_an_epoch(tmp_path, models, monkeypatch, capsys, epoch):
+    """Catches work that is lost between two phases, a signal in the last epoch that nobody hears."""
+    args, original, left = command(tmp_path, models, "--method", "none"), torch.save, [epoch]
+
+    def save(*parts):
+        left[0] -= 1
+        if not left[0]:
+            R.on_signal(signal.SIGTERM, "frame")
+        return original(*parts)
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setitem(R.SIGNAL, "came", 0)
+    monkeypatch.setitem(R.SIGNAL, "wait", False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            R.main(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143 and not [*tmp_path.rglob("checkpoint.*-*")] and not [*tmp_path.rglob("results.json")]
+    R.SIGNAL.update(came=0, wait=False)
+    R.main(args)
+    assert f"resumed in epoch {epoch} after step 4" in capsys.readouterr().out
+
+
 def test_checkpoints_come_by_the_clock(tmp_path, models, monkeypatch):
     saved, original = [], R.Position.save
     monkeypatch.setattr(R.Position, "save", lambda self: saved.append((self.epoch, self.step)) or original(self))
@@ -768,7 +793,8 @@ def test_every_process_gets_its_own_state_back(tmp_path, monkeypatch):
     states = [torch.Generator().manual_seed(rank).get_state() for rank in range(2)]
     at = R.Position(tmp_path, args, **parts)
     at.stepped(torch.ones(4), 32)
-    monkeypatch.setattr(R, "gather", lambda *values: [(states[rank], values[1], [rank + x for x in values[2]]) for rank in range(2)])
+    monkeypatch.setattr(R, "gather", lambda *values: [values] if len(values) == 1 else [
+        (states[rank], values[1], [rank + x for x in values[2]]) for rank in range(2)])
     at.save()
     for rank in range(2):
         monkeypatch.setattr(R, "RANK", rank)
@@ -900,6 +926,10 @@ def test_accumulation_equals_the_large_batch(tmp_path, models):
         weights.append((torch.cat([p.detach().flatten() for p in student.model.parameters()]), history[0]["loss"]))
     assert all(torch.allclose(weights[0][0], w, atol=2e-4) for w, _ in weights[1:])
     assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-4)
+    args.lr, args.batch_size, args.grad_accumulation = 0.0, 36, 1           # what it reports is the mean over the examples
+    history, labels = R.train(student, data, args, tmp_path / "still"), data.labels["train"]
+    expected = torch.nn.functional.cross_entropy(student.map("train")[0], labels)
+    assert history[0]["loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def calm_models(tmp_path, models):
@@ -1363,6 +1393,17 @@ def test_odd_texts_work(tmp_path, models, content):
     assert set(json.loads(Path(results["model"], "config.json").read_text())["label2id"]) == {"bad", "good"}
 
 
+def test_a_model_s_positions_are_a_limit_where_its_tokenizer_has_none(tmp_path, models):
+    from transformers import AutoModelForMaskedLM
+    short = tmp_path / "short"
+    shutil.copytree(models[3], short)
+    AutoModelForMaskedLM.from_pretrained(models[3], max_position_embeddings=16, ignore_mismatched_sizes=True).save_pretrained(short)
+    args, data = side_and_data(tmp_path, models)
+    data.texts["train"][0][0] = "the noun1 is not " * 20
+    assert R.Side("student", str(short), data, args).encode("train")[1].max() == 14
+    assert R.Side("student", models[3], data, args).encode("train")[1].max() > 80
+
+
 def test_label_names_come_back_as_they_were(tmp_path, models):
     from transformers import AutoConfig
     labels = ["very good", "d\u00e9j\u00e0 vu \u2713", "07", "null"]
@@ -1435,17 +1476,17 @@ def test_results_of_another_version_or_command_are_left_alone(tmp_path, models, 
     assert R.main([*args, "--overwrite"])["floor"] == 0.52
 
 
-def test_a_full_disk_or_a_closed_folder_is_one_line(tmp_path, models, monkeypatch, capsys):
+def test_a_full_disk_or_a_closed_folder_is_one_line(tmp_path, models, capsys):
     args = command(tmp_path, models, "--method", "none", "--epochs", "1")
     earlier = R.main(args)
     before = {path: path.read_bytes() for path in Path(earlier["model"]).parent.rglob("*") if path.is_file()}
-    full = OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(full))
-        with pytest.raises(SystemExit) as stop:
-            R.main([*args, "--seed", "1"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "No space left on device" in error and error.count("\n") == 1
+    for size in (3000, 20_000):                                             # in a model's file, in a checkpoint
+        limited = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import railkd, signal; "
+                   f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+                   "railkd.main(sys.argv[2:])")
+        done = python("-c", limited, str(HERE), *args, "--seed", "1")
+        assert done.returncode == 1 and done.stderr.startswith("railkd.py: error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert not [*tmp_path.rglob("checkpoint.*-*")]                      # nothing half written takes up room
     assert all(path.read_bytes() == content for path, content in before.items())
     (tmp_path / "closed").write_text("")
     with pytest.raises(SystemExit) as stop:
