@@ -32,7 +32,7 @@ for point in "${grid[@]}"; do
     echo "== $name"
     teacher=()                                 # the grid shares the teacher that its first point has fine-tuned
     if [ -n "$point" ] && [ "$point" != "${grid[0]}" ]; then
-      made=$(ls -d "$first/$task"/teacher-*/model 2>/dev/null | head -1)
+      made=$(ls -dt "$first/$task"/teacher-*/model 2>/dev/null | head -1)
       [ -n "$made" ] && teacher=(--teacher "$made")
     fi
     # a finished run prints its stored results and trains nothing; $point is two flags and their values, or nothing
