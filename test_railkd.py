@@ -974,6 +974,20 @@ def test_cache_gives_what_the_teacher_says(tmp_path, models, method, same):
         assert len([*(tmp_path / f"parts of {part}").rglob("*.pt")]) == (2 if part == 8192 else 4)
 
 
+def test_temperature_and_weights_reach_the_loss(tmp_path, models):
+    """What the epoch reports, without dropout and at lr 0, against the same terms over all examples at once."""
+    args, data = side_and_data(tmp_path, models, *calm_models(tmp_path, models), "--method", "kd", "--temperature", "3",
+                               "--lr", "0", "--epochs", "1", "--weights", "0.2,0.7,0")
+    torch.manual_seed(0)
+    student, teacher = (R.Side(role, vars(args)[role], data, args) for role in ("student", "teacher"))
+    teacher.freeze()
+    row, = R.train(student, data, args, tmp_path / "kd", {"train": R.Table(teacher, "train", R.mean_pool, tmp_path / "cache")})
+    logits_s, logits_t = student.map("train")[0], teacher.map("train")[0]
+    assert row["ce"] == pytest.approx(torch.nn.functional.cross_entropy(logits_s, data.labels["train"]).item(), abs=1e-5)
+    assert row["kd"] == pytest.approx(R.kd_loss(logits_s, logits_t, 3.0).item(), rel=1e-4) and row["ild"] is None
+    assert row["loss"] == pytest.approx(0.2 * row["ce"] + 0.7 * row["kd"], abs=1e-5)
+
+
 def table_of(tmp_path, models, *more, pool=R.mean_pool):
     args, data = side_and_data(tmp_path, models, "--amp", "off", *more)
     torch.manual_seed(0)
