@@ -974,6 +974,16 @@ def test_cache_gives_what_the_teacher_says(tmp_path, models, method, same):
         assert len([*(tmp_path / f"parts of {part}").rglob("*.pt")]) == (2 if part == 8192 else 4)
 
 
+def test_the_memory_bank_gets_the_rows_of_the_batch(tmp_path, models, monkeypatch):
+    seen, forward = [], R.ContrastiveDistance.forward
+    monkeypatch.setattr(R.ContrastiveDistance, "forward", lambda self, s, t, index=None, labels=None: seen.append(
+        (index, labels)) or forward(self, s, t, index, labels))
+    R.main(command(tmp_path, models, "--method", "codir", "--epochs", "1"))
+    index, labels = (torch.cat(x) for x in zip(*seen))
+    assert sorted(index.tolist()) == list(range(120))
+    assert [["bad", "good"][x] for x in labels[index.argsort()].tolist()] == rows_of(120)["label"]
+
+
 def test_temperature_and_weights_reach_the_loss(tmp_path, models):
     """What the epoch reports, without dropout and at lr 0, against the same terms over all examples at once."""
     args, data = side_and_data(tmp_path, models, *calm_models(tmp_path, models), "--method", "kd", "--temperature", "3",
