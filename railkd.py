@@ -317,7 +317,7 @@ TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accur
          **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
 WEIGHTS = {"none": (1.0, 0.0, 0.0), "kd": (0.5, 0.5, 0.0)}          # CE, KD, ILD; all others 1/3 each (Eq. 4)
 NO_SETTINGS = ("overwrite", "report", "device", "output_dir", "teacher_cache", "checkpoint_minutes")
-RANK, WORLD = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))       # of torchrun
+RANK, WORLD, PID = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getpid()
 ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
 SIGNAL = {"came": 0, "wait": False}             # SIGTERM or Ctrl-C; wait: until a step is whole
 
@@ -336,7 +336,7 @@ def on_signal(number, frame=None):
         sys.exit(128 + number)
 
 def store(content, path):                                           # what is at `path` is always whole
-    partial = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
+    partial = path.with_suffix(".partial" if path.stem == "checkpoint" else f".{os.uname().nodename}-{PID}")
     try:
         with open(partial, "wb") as file:
             torch.save(content, file)
@@ -596,8 +596,8 @@ class Position:
         content["mine"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all(), self.sums)
         if RANK == 0:
             store(content | {"settings": settings(self.args)}, self.path)
-        self.saved, came = time.monotonic(), max(came for came, in gather(SIGNAL["came"]))
-        if came:                                                    # now that it is on disk
+        self.saved, came = time.monotonic(), max(gather(SIGNAL["came"]))[0]         # now it is on disk
+        if came:
             on_signal(came)
 
     def stepped(self, losses, size):                                # losses (4,), mean over `size` examples
@@ -677,7 +677,7 @@ def train(student, data, args, folder, tables=None, ild=None):
             (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.history))
         at.epoch, at.step, at.sums = epoch + 1, 0, [0.0] * 4
         shown = {k: row[k] for k in "epoch layers_t loss ce kd ild skipped seconds".split()} | metrics
-        alarm = f"\nWARNING: the student collapses: cosine_s was {before} before training" * row["collapsed"]
+        alarm = f"\nWARNING: the student collapses: cosine_s was {before or 0:.3f} once" * row["collapsed"]
         print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
                 if v is not None), "*" * better + alarm, sep="  ", flush=True)      # *: the best so far
         if epoch == 1:
