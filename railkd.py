@@ -441,7 +441,7 @@ class Side:
                 raise ValueError("need an encoder alone, a tokenizer with a vocabulary and a padding token")
             self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         except Exception as error:
-            raise UserError(f"cannot load the {role} {name}: {error}".split("\n")[0]
+            raise UserError(f"cannot load the {role} {name}: {str(error).strip()}".split("\n")[0]
                             + ADVICE * (not os.path.exists(name))) from error
         need(self.model.num_labels == len(names),
              f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")

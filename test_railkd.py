@@ -1428,7 +1428,7 @@ def refused(args, message, folder, capsys):
     with pytest.raises(SystemExit) as stop:
         R.main(args)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1, error
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and error.strip()[-1] != ":", error
     assert not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -1472,7 +1472,8 @@ def test_label_names_come_back_as_they_were(tmp_path, models):
 
 @pytest.mark.parametrize("what, message", [
     ("weights cut off", "cannot load the teacher"), ("config cut off", "not a valid JSON"), ("no weights", "model.safetensors"),
-    ("code in a pickle", "Weights only load failed"), ("vision", "ViTConfig"), ("no encoder", "an encoder alone"), ("no tokenizer", "tokenizer"),
+    ("code in a pickle", "cannot load the teacher"), ("vision", "ViTConfig"), ("no encoder", "cannot load the teacher"),
+    ("no tokenizer", "cannot load the teacher"),
     ("another head", "knows 3 labels, the task has 2"), ("a file", "cannot load the teacher"), ("nothing", "HF_HUB_OFFLINE")])
 def test_mistakes_in_models(tmp_path, models, capsys, what, message):
     import transformers as hub
@@ -1504,7 +1505,7 @@ def test_mistakes_in_models(tmp_path, models, capsys, what, message):
         shutil.rmtree(folder)
         what == "a file" and folder.write_text("{}")
     refused([*command(tmp_path, models), "--teacher", str(folder)], message, tmp_path / "runs", capsys)
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists()              # and with a reason: its words are another library's
 
 
 def test_teacher_student_and_results_are_three_places(tmp_path, models, capsys):
