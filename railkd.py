@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 """RAIL-KD (arXiv 2109.10164) in one file: compress a fine-tuned encoder into a student of few layers.
 
-Besides the teacher's logits, the student matches the teacher's mean-pooled intermediate layers; which of them
-is drawn at random, sorted, in every epoch: `IntermediateLoss`. python railkd.py --task toy needs no download,
---task sst2 is BERT-base -> DistilBERT as in the paper. Measured (README): SST-2, 4,000 examples, 12 x 768 to
-6 x 384, 3 epochs, n = 1: teacher 90.9, none 85.7, kd 85.8, rail-l 86.6, rail-c 85.8 (2 cores, torch 2.13).
+Besides the teacher's logits the student matches its mean-pooled intermediate layers; which ones is drawn at
+random, sorted, in every epoch: `IntermediateLoss`. Try it: python railkd.py --task toy. Figures: README.md.
 """
 import argparse
 import hashlib
@@ -18,7 +16,6 @@ import signal
 import sys
 import time
 import urllib.request
-import warnings
 from pathlib import Path
 
 import torch
@@ -26,9 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # ================================================================================================ the method
-# To "end of the method" torch is all that is needed: import it, or copy it with math and random. B batch, L
-# tokens, d_s, d_t width of student, teacher, n teacher blocks, m student slots, k teacher vectors, u width of
-# maps, C classes; hidden_states[0] is the embedding output, [i] that of block i: 1..m meet some of 1..n-1.
+# Needs torch alone (copied: math, random too). B batch, L tokens, d_s, d_t widths, n teacher blocks, m slots of
+# the student, k teacher vectors, u width of maps, C classes; hidden_states[0]: embeddings, [i]: block i.
 def unit(vectors):
     return F.normalize(vectors, dim=-1)                             # length 1
 
@@ -52,26 +48,33 @@ def sample_layers(num_layers, k, seed, epoch):
     return sorted(random.Random(f"layers {seed} {epoch}").sample(range(1, num_layers), k))
 
 def select_layers(name, num_layers, k, seed=0, epoch=0):
-    """The teacher layers that a selection gives to k student slots: a flat list of ints in 1..num_layers-1.
-    ValueError for an unknown name and for more slots than layers."""
+    """The teacher layers that a selection gives to k student slots: a flat list of ints in 1..num_layers-1,
+    for "final" the last block. ValueError for an unknown name and for more slots than layers."""
     if name not in SELECTIONS:
         raise ValueError(f"unknown selection {name!r}, known: {', '.join(SELECTIONS)}")
     draw = sample_layers(num_layers, k, seed, epoch)
     skip = [i * num_layers // (k + 1) for i in range(1, k + 1)]     # 2, 4, .., 10 of 12; 4, 8, .., 20 of 24
     return {"random": draw, "skip": skip, "last": list(range(num_layers - k, num_layers)),
             "reverse": skip[::-1], "middle": [num_layers // 2] * k, "all": list(range(1, num_layers)),
-            "permuted": random.Random(f"order {seed}").sample(skip, k)}[name]       # the same in every epoch
+            "permuted": random.Random(f"order {seed}").sample(skip, k), "final": [num_layers]}[name]
 
-def kd_loss(logits_s, logits_t, temperature):
+def kd_loss(logits_s, logits_t, temperature, max_temperature=None):
     """T^2 KL(teacher || student), mean over the batch (Hinton et al., 2014): (B, C), (B, C) -> scalar in 32
-    bits; C = 1 (regression): mean squared error. ValueError for other shapes and T <= 0."""
+    bits; C = 1 (regression): mean squared error. With max_temperature that of logits_s and (1 - (T - 1) /
+    max_temperature) logits_t (Annealing-KD, Jafari et al., 2021). ValueError for other shapes and T <= 0."""
     if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
         raise ValueError(f"need (B, C) twice, T > 0: {[*logits_s.shape]}, {[*logits_t.shape]}, {temperature}")
     logits_s, logits_t = logits_s.float(), logits_t.detach().float()
-    if logits_s.shape[1] == 1:
-        return F.mse_loss(logits_s, logits_t)
+    if logits_s.shape[1] == 1 or max_temperature:
+        return F.mse_loss(logits_s, (1 - (temperature - 1) / (max_temperature or math.inf)) * logits_t)
     log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=-1) for logits in (logits_s, logits_t))
     return temperature ** 2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
+
+def mixup_loss(mixed, clean, share):
+    """CR-ILD's consistency (Ko et al., 2023): pooled states (B, m, d) of mixed inputs, `share` their own, the
+    rest the reversed batch's, near the clean states (no gradient) of both: squared distance of units."""
+    near = (unit(mixed) - unit(torch.stack([clean, clean.flip(0)]).detach())).square().sum(-1).mean((1, 2))
+    return share * near[0] + (1 - share) * near[1]
 
 def ridge(x, y, center=True, penalty=0.1):
     """Least squares, penalty * tr(x'x) / d, in 64 bits: x (N, d), y (N, u) -> weight (u, d), bias (u,)."""
@@ -91,22 +94,19 @@ def gather(*values):                                   # those of all processes 
     return parts
 
 class Distance(nn.Module):
-    """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits, always.
-    Both sides are cut into pieces (one for each slot: layers side by side), mapped, and compared (`term`).
-    With proj_dim `proj_s`, `proj_t` map both sides to it; without, `proj_s` maps up to the teacher's width if
-    widths differ: one nn.Linear (shared) or an nn.ModuleList. start "ridge": `fit`, called once, puts the
-    student's map at the least-squares solution; "random": as drawn. teacher_proj "trained": as in the paper.
-    alpha: weights of the pieces (paper: 1). ValueError: bad shapes, options. RuntimeError: missing fit."""
+    """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits. Both are cut
+    into pieces (a slot's layers side by side), mapped, compared (`term`): proj_s, proj_t lead to proj_dim,
+    without it proj_s up to the teacher's width where they differ; each one nn.Linear (shared) or an
+    nn.ModuleList. start "ridge": `fit`, once, sets proj_s by least squares. Paper: start "random", alpha (the
+    pieces' weights) 1, teacher_proj "trained". ValueError: bad shapes, options. RuntimeError: missing fit."""
     def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, bias=True,
-                 teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None):
+                 teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None, num_examples=None):
         super().__init__()
-        if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen"):
-            raise ValueError(f"no such start or teacher_proj: {start!r}, {teacher_proj!r}")
-        self.num_pieces, self.bias, self.start = num_pieces or num_slots, bias, start
+        self.bias, self.start, self.num_pieces = bias, start, (n := num_pieces or num_slots)
+        alpha = torch.as_tensor([1.0] * n if alpha is None else alpha).float()
+        if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen") or len(alpha) != n:
+            raise ValueError(f"no such start, teacher_proj or alpha: {start!r}, {teacher_proj!r}, {alpha}")
         self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
-        alpha = torch.as_tensor([1.0] * self.num_pieces if alpha is None else alpha, dtype=torch.float32)
-        if alpha.shape != (self.num_pieces,):
-            raise ValueError(f"alpha must hold {self.num_pieces} weights, not {alpha.tolist()}")
         widths_s, widths_t = ([piece.shape[1] for piece in self.pieces(torch.empty(1, *shape))]
                               for shape in (self.shape_s, self.shape_t))
         if shared and len({*widths_s}) + len({*widths_t}) > 2:
@@ -121,28 +121,22 @@ class Distance(nn.Module):
         self.register_buffer("alpha", alpha)
         self.register_buffer("fitted", torch.tensor(False))         # in the state dict: fit was called
         self._ready = start == "random"                             # spares a GPU a look at it in every step
-
     def pieces(self, pooled):
-        return [piece.flatten(1) for piece in pooled.tensor_split(self.num_pieces, dim=1)]
-
+        return [piece.flatten(1).float() for piece in pooled.tensor_split(self.num_pieces, dim=1)]
     def term(self, z_s, z_t, index=None, labels=None):
         """sum_i alpha_i |unit(z_t,i) - unit(z_s,i)|^2, mean over the batch (Eq. 2 and 3)."""
         return sum(a * (unit(t) - unit(s)).square().sum(-1).mean() for a, s, t in zip(self.alpha, z_s, z_t))
-
     def project(self, pooled_s, pooled_t):                          # after the maps: two lists of (B, width)
         if pooled_s.shape[1:] != self.shape_s or pooled_t.shape != (len(pooled_s), *self.shape_t):
             raise ValueError(f"need pooled vectors (B, *{self.shape_s}) and (B, *{self.shape_t}): "
                              f"got {[*pooled_s.shape]} and {[*pooled_t.shape]}")
-        return (_apply(self.proj_s, self.pieces(pooled_s.float())),
-                _apply(self.proj_t, self.pieces(pooled_t.detach().float())))
-
+        return _apply(self.proj_s, self.pieces(pooled_s)), _apply(self.proj_t, self.pieces(pooled_t.detach()))
     def forward(self, pooled_s, pooled_t, index=None, labels=None):
         self._ready = self._ready or self.proj_s is None or bool(self.fitted)
         if not self._ready:
             raise RuntimeError(f"{type(self).__name__}, start='ridge': call fit(...) once before training")
         with torch.autocast(pooled_s.device.type, enabled=False):
             return self.term(*self.project(pooled_s, pooled_t), index=index, labels=labels)
-
     @torch.no_grad()
     def fit(self, pooled_s, pooled_t, chances=None):
         """The ridge start: the student's map goes to the ridge solution towards the expected unit target.
@@ -151,14 +145,13 @@ class Distance(nn.Module):
         if self.start == "random" or self.proj_s is None:
             return
         chances = (torch.eye(self.shape_t[0]) if chances is None else chances).to(pooled_t.device)
-        maps, x, y = self.proj_s, self.pieces(pooled_s.float()), self.targets(pooled_t.float(), chances)
+        maps, x, y = self.proj_s, self.pieces(pooled_s), self.targets(pooled_t.float(), chances)
         if isinstance(maps, nn.Linear):                             # each slot is N more examples for the map
             maps, x, y = [maps], [torch.cat(x)], [torch.cat(y)]
         for linear, x_i, y_i in zip(maps, x, y):
             weight, bias = ridge(x_i, y_i, center=self.bias)
             linear.load_state_dict({"weight": weight, "bias": bias} if self.bias else {"weight": weight})
         self.fitted.fill_(True)
-
     def targets(self, pooled_t, chances):                           # what maps should hit: (N, width)
         expected = torch.einsum("kl,nld->nkd", chances, pooled_t)
         return [unit(z) for z in _apply(self.proj_t, self.pieces(expected))]
@@ -173,7 +166,6 @@ class LayerwiseDistance(Distance):
         super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=shared, **options)
         if self.shape_t[0] != num_slots:
             raise ValueError(f"{num_slots} slots need as many teacher layers, not {self.shape_t[0]}")
-
     def targets(self, pooled_t, chances):                           # mean of the layers' unit vectors
         z = [_apply(self.proj_t, [layer] * len(chances)) for layer in pooled_t.unbind(1)]   # (K, m) of (N, u)
         return [sum(p * unit(z_l[i]) for p, z_l in zip(row, z)) for i, row in enumerate(chances)]
@@ -195,34 +187,30 @@ class GroupDistance(Distance):
 class AttentionDistance(Distance):
     """ALP-KD (Passban et al., 2021): mean squared error of each slot and its own mix of the teacher's layers.
     a_ik = softmax_k <s_i, t_k>, target_i = sum_k a_ik t_k; products unscaled, as in the original (recalled).
-    `weights` (B, m, k): a of the last call. Where d_s != d_t each slot maps the student up to d_t."""
+    `weights` (B, m, k): a of the last call."""
     def pieces(self, pooled):
-        return list(pooled.unbind(1))
-
+        return list(pooled.float().unbind(1))
     def term(self, z_s, z_t, index=None, labels=None):
         s, t = torch.stack(z_s, 1), torch.stack(z_t, 1)                             # (B, m, d_t), (B, k, d_t)
         weights = (s @ t.transpose(1, 2)).softmax(-1)                               # (B, m, k)
         self.weights = weights.detach()
         return F.mse_loss(s, weights @ t)
-
     def targets(self, pooled_t, chances):                           # no attention yet: the mean layer
         z_t = _apply(self.proj_t, self.pieces(torch.einsum("kl,nld->nkd", chances, pooled_t)))
         return [sum(z_t) / len(z_t)] * self.shape_s[0]
 
 class ContrastiveDistance(ConcatDistance):
-    """CoDIR (Sun et al., 2020) as InfoNCE: after the maps of Eq. 3, the teacher's vector t has to tell its
-    own example's student vector s from others of a memory bank: cross-entropy of <t, .> / temperature.
-    The bank keeps unit(momentum bank + (1 - momentum) s) of `num_examples` training rows, updated in training
-    mode alone. Takes index= (B,), row numbers (else ValueError), and labels= (B,), known from a row's first
-    batch on. Negatives, drawn with replacement by torch's global generator: rows of another known label, or
-    all other rows where there are none or labels are float (regression) or None."""
+    """CoDIR (Sun et al., 2020) as InfoNCE on the maps of Eq. 3: the teacher's vector t has to tell its own
+    student vector s from others in a memory bank, by <t, .> / temperature. The bank keeps unit(momentum bank
+    + (1 - momentum) s) of num_examples rows, in training mode alone. Takes index= (B,), row numbers (else
+    ValueError), labels= (B,), known from a row's first batch on. Negatives, by torch's global generator:
+    rows of another known label, or all other rows where none is known or labels are float or None."""
     def __init__(self, d_s, d_t, num_slots, num_examples, proj_dim=128, num_negatives=100, temperature=0.07,
                  momentum=0.5, teacher_proj="trained", **options):
         super().__init__(d_s, d_t, num_slots, proj_dim, teacher_proj=teacher_proj, **options)
         self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
         self.register_buffer("bank", unit(torch.randn(num_examples, proj_dim)))
         self.register_buffer("bank_labels", torch.full((num_examples,), -1))        # -1: unknown
-
     def term(self, z_s, z_t, index=None, labels=None):
         if index is None:
             raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
@@ -244,28 +232,28 @@ class ContrastiveDistance(ConcatDistance):
         scores = torch.cat([(t * s).sum(-1, keepdim=True), torch.einsum("bu,bku->bk", t, negatives)], 1)
         return F.cross_entropy(scores / self.temperature, torch.zeros_like(index))
 
-SELECTIONS = ("random", "skip", "last", "reverse", "middle", "permuted", "all")
+SELECTIONS = ("random", "skip", "last", "reverse", "middle", "permuted", "all", "final")
 DISTANCES = {"layerwise": LayerwiseDistance, "concat": ConcatDistance, "direct": DirectDistance,
              "group": GroupDistance, "attention": AttentionDistance, "contrastive": ContrastiveDistance}
 POOLINGS = {"mean": mean_pool, "first": first_token, None: mean_pool}
 METHODS = {                                         # name: (selection of teacher layers, distance, pooling)
-    "none": (None, None, None), "kd": (None, None, None),           # no teacher; its logits alone
+    "none": (None, None, None), "kd": (None, None, None), "pro-kd": (None, None, None),     # logits at most
     "pkd-skip": ("skip", "direct", "first"), "pkd-last": ("last", "direct", "first"),
     "ckd": ("all", "group", "mean"), "alp-kd": ("all", "attention", "mean"),
-    "codir": ("all", "contrastive", "mean"), "rail-l": ("random", "layerwise", "mean"),
-    "rail-c": ("random", "concat", "mean"), "reverse": ("reverse", "direct", "mean"),
-    "all-to-one": ("middle", "direct", "mean"), "permuted": ("permuted", "direct", "mean")}
+    "codir": ("all", "contrastive", "mean"), "cr-ild": ("final", "direct", "mean"),
+    "rail-l": ("random", "layerwise", "mean"), "rail-c": ("random", "concat", "mean"),
+    "reverse": ("reverse", "direct", "mean"), "permuted": ("permuted", "direct", "mean"),
+    "all-to-one": ("middle", "direct", "mean")}
 
 class IntermediateLoss(nn.Module):
     """The intermediate term of a method, for any loop: which layers (selection) and how far (distance).
     Before training ild.fit(batches), in every epoch ild.set_epoch(epoch), the draw, in every step
     ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar: blocks + 1 tensors (B, L, d), as of
-    `output_hidden_states`; masks (B, L), None where nothing is padded; L may differ. Pooled already:
-    ild.distance(pooled_s, pooled_t). `select`, `distance` replace the method's, options go to the distance.
-    `.layers_s`, `.layers_t` are in use; parameters belong in the optimizer. ValueError: unknown names,
-    impossible layers, wrong shapes. RuntimeError: before the draw or the fit."""
+    `output_hidden_states`; masks (B, L) or None; L may differ. If pooled already: ild.distance(pooled_s,
+    pooled_t). `select`, `distance` replace the method's, options go to the distance; .layers_s, .layers_t
+    are in use; parameters: for the optimizer. ValueError: names, shapes. RuntimeError: no draw, no fit."""
     def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
-                 **distance_options):
+                 **options):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}, known: {', '.join(METHODS)}")
@@ -274,16 +262,14 @@ class IntermediateLoss(nn.Module):
             raise ValueError(f"no such pair: selection {self.select!r} of {', '.join(SELECTIONS)}; distance "
                              f"{distance!r} of {', '.join(DISTANCES)}")
         self.pool_tokens = POOLINGS[METHODS[method][2]]
-        self.blocks, self.seed = {"s": num_layers_s, "t": num_layers_t}, seed
-        self.layers_s = list(range(1, num_layers_s))
+        self.blocks, self.seed, final = {"s": num_layers_s, "t": num_layers_t}, seed, self.select == "final"
+        self.layers_s, self.all_t = ([n] if final else [*range(1, n)] for n in self.blocks.values())
         self.set_epoch(0)
-        self.distance = DISTANCES[distance](d_s, d_t, len(self.layers_s), num_targets=len(self.layers_t),
-                                            **distance_options)
+        slots, targets = len(self.layers_s), len(self.layers_t)
+        self.distance = DISTANCES[distance](d_s, d_t, slots, num_targets=targets, **options)
         self.layers_t = None if self.select == "random" else self.layers_t          # None: not drawn yet
-
     def set_epoch(self, epoch):                          # the teacher layers of an epoch: `random` draws anew
         self.layers_t = select_layers(self.select, self.blocks["t"], len(self.layers_s), self.seed, epoch)
-
     def pool(self, side, hidden_states, mask, layers=None):
         """Side "s" or "t": its hidden states -> pooled vectors (B, k, d), of the layers in use or named."""
         layers = layers or {"s": self.layers_s, "t": self.layers_t}[side]
@@ -294,19 +280,15 @@ class IntermediateLoss(nn.Module):
                              "the embedding output, [i] the output of block i")
         mask = torch.ones_like(hidden_states[0][..., 0]) if mask is None else mask
         return torch.stack([self.pool_tokens(hidden_states[layer], mask) for layer in layers], 1)
-
     def forward(self, hidden_states_s, mask_s, hidden_states_t, mask_t, index=None, labels=None):
         pooled_s, pooled_t = self.pool("s", hidden_states_s, mask_s), self.pool("t", hidden_states_t, mask_t)
         return self.distance(pooled_s, pooled_t, index=index, labels=labels)
-
     @torch.no_grad()
     def fit(self, batches):                                         # of the same four that forward takes
-        pooled = [(self.pool("s", h_s, mask_s), self.pool("t", h_t, mask_t, range(1, self.blocks["t"])))
-                  for h_s, mask_s, h_t, mask_t in batches]
+        pooled = [(self.pool("s", *x[:2]), self.pool("t", *x[2:], self.all_t)) for x in batches]
         self.distance.fit(*map(torch.cat, zip(*pooled)), chances=self.chances())
-
-    def chances(self):                  # (k, n-1): is layer l the i-th selected? In a draw the i-th smallest?
-        n, m, comb, layers = self.blocks["t"], len(self.layers_s), math.comb, range(1, self.blocks["t"])
+    def chances(self):           # (k, all_t): is layer l the i-th selected? In a draw the i-th smallest?
+        n, m, comb, layers = self.blocks["t"], len(self.layers_s), math.comb, self.all_t
         if self.select != "random":
             return torch.tensor([[float(l == layer) for l in layers] for layer in self.layers_t])
         return torch.tensor([[comb(l - 1, i - 1) * comb(n - 1 - l, m - i) / comb(n - 1, m) for l in layers]
@@ -315,9 +297,11 @@ class IntermediateLoss(nn.Module):
 # =========================================================================== end of the method, now the run
 TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"]), "cola": ["matthews"],
          **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
-WEIGHTS = {"none": (1.0, 0.0, 0.0), "kd": (0.5, 0.5, 0.0)}          # CE, KD, ILD; all others 1/3 each (Eq. 4)
+THIRDS = [(1 / 3, 1 / 3, 1 / 3, 0.0)]           # Eq. 4: CE, KD, ILD, MIX in each stage of training, here one
+WEIGHTS = {"none": [(1.0, 0.0, 0.0, 0.0)], "pro-kd": [(0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0)],
+           "kd": [(0.5, 0.5, 0.0, 0.0)], "cr-ild": [(0.0, 0.0, 1.0, 0.1), (0.0, 1.0, 0.0, 0.0)]}
 NO_SETTINGS = ("overwrite", "report", "device", "output_dir", "teacher_cache", "checkpoint_minutes")
-RANK, WORLD, PID = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getpid()
+RANK, WORLD, LOCAL = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
 SIGNAL = {"came": 0, "wait": False}             # SIGTERM or Ctrl-C; wait: until a step is whole
 
@@ -336,7 +320,7 @@ def on_signal(number, frame=None):
         sys.exit(128 + number)
 
 def store(content, path):                                           # what is at `path` is always whole
-    partial = path.with_suffix(".partial" if path.stem == "checkpoint" else f".{os.uname().nodename}-{PID}")
+    partial = path.with_suffix(".partial" if path.stem == "checkpoint" else f".{os.uname()[1]}-{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             torch.save(content, file)
@@ -443,64 +427,63 @@ class Side:
         except Exception as error:
             raise UserError(f"cannot load the {role} {name}: {str(error).strip()}".split("\n")[0]
                             + ADVICE * (not os.path.exists(name))) from error
-        need(self.model.num_labels == len(names),
-             f"{role} {name} knows {self.model.num_labels} labels, the task has {len(names)}")
+        need((n := self.model.num_labels) == len(names), f"{name} knows {n} labels, not {len(names)}")
         self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
         self.model, self.texts, self.tokens = self.model.float().to(args.device), data.texts, {}
         self.params = sum(p.numel() for p in self.model.parameters())
         self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
-
-    def freeze(self):                                           # no gradient; a hash of weights and tokenizer
-        self.model.eval().requires_grad_(False)
-        rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else str(self.tokenizer)
-        digest = hashlib.sha256((rules + self.model.config.to_json_string()).encode())
-        for tensor in self.model.state_dict().values():
-            digest.update(tensor.detach().cpu().contiguous().numpy())
-        self.content = digest.hexdigest()
-
+        self.takes = inspect.signature(self.model.forward).parameters   # DistilBERT takes no token_type_ids
+        if self.ready:                                          # frozen; a hash of weights and tokenizer
+            self.model.eval().requires_grad_(False)
+            rules = own.backend_tokenizer.to_str() if own.is_fast else str(own)
+            digest = hashlib.sha256((rules + self.model.config.to_json_string()).encode())
+            for tensor in self.model.state_dict().values():
+                digest.update(tensor.detach().cpu().contiguous().numpy())
+            self.content = digest.hexdigest()
     def encode(self, split):                                     # made once: the model's inputs, lengths (N,)
         if split not in self.tokens:
             from datasets import Dataset
-            takes = inspect.signature(self.model.forward).parameters    # DistilBERT takes no token_type_ids
             most = getattr(self.model.config, "max_position_embeddings", 512) - 2       # if nobody says
             longest = min(self.args.max_length, x if (x := self.tokenizer.model_max_length) < 1e9 else most)
-            tokenize = lambda x: self.tokenizer(*x.values(), truncation=True, max_length=longest).items()
+            tokenize = lambda x: self.tokenizer(*dict(x).values(), truncation=True, max_length=longest)
             texts = Dataset.from_dict({str(i): column for i, column in enumerate(self.texts[split])})
-            tokens = texts.map(lambda x: {k: v for k, v in tokenize(dict(x)) if k in takes}, batched=True,
-                               remove_columns=texts.column_names, new_fingerprint=split)
+            tokens = texts.map(tokenize, batched=True, remove_columns=list(texts[0]), new_fingerprint=split)
             self.tokens[split] = tokens, torch.tensor([*map(len, tokens["input_ids"])])
         return self.tokens[split]
-
-    def __call__(self, split, rows):
-        """Rows (B,) of a split -> logits (B, C) in 32 bits, hidden states (B, L, d) each, mask (B, L)."""
+    def __call__(self, split, rows, share=None):
+        """Rows (B,) -> logits (B, C) in 32 bits, hidden states (B, L, d) each, mask (B, L). With a share each
+        text's word embeddings are mixed with those of the reversed batch, masks united."""
         device, dtype = self.args.device, self.args.dtype
         inputs = self.tokenizer.pad(self.encode(split)[0][rows.tolist()], return_tensors="pt")
-        inputs = {k: upload(v, device) for k, v in inputs.items()}
+        inputs = {k: upload(v, device) for k, v in inputs.items() if k in self.takes}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if share is not None:
+                words = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+                inputs["inputs_embeds"] = share * words + (1 - share) * words.flip(0)
+                inputs["attention_mask"] = inputs["attention_mask"] | inputs["attention_mask"].flip(0)
             output = self.model(**inputs, output_hidden_states=True)
         logits = output.logits.float() if self.order is None else output.logits.float()[:, self.order]
         return logits, output.hidden_states, inputs["attention_mask"]
-
     @torch.no_grad()
-    def map(self, split, rows=None, pool=None, title=None):
-        """In eval mode: rows (default: all) -> logits (N, C) and, with `pool`, layers (N, blocks - 1, d)."""
+    def map(self, split, rows=None, pool=None, layers=(), title=None):
+        """In eval mode: rows (default: all) -> logits (N, C), and those layers pooled (N, k, d)."""
         self.model.eval()
         rows = torch.arange(len(self.texts[split][0])) if rows is None else rows
         order, parts = self.encode(split)[1][rows].argsort(stable=True), []
         for part in progress(rows[order].split(64), title):
             logits, hidden, mask = self(split, part)
-            layers = hidden[1:-1] or hidden[1:]                     # the one layer of a student of one block
-            parts.append((logits, torch.stack([pool(x, mask) for x in layers], 1) if pool else logits))
+            parts += [(logits, torch.stack([pool(hidden[i], mask) for i in layers], 1) if layers else logits)]
         return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
 
 class Table:
-    """The frozen teacher's logits and pooled layers 1..n-1 of a split, by example; on disk in parts, the name
-    of the folder made of all that they depend on. cache "off", or a disk too small: it runs in every step."""
+    """The frozen teacher's logits and, with `pool`, layers 1..n of a split, by example. On disk in parts, the
+    folder's name made of all that they depend on; cache "off", disk too small: it runs in every step."""
     PART = 8192
     def __init__(self, teacher, split, pool, cache):
         self.teacher, self.split, self.pool = teacher, split, pool
-        content = [1, teacher.texts[split], teacher.args.max_length, pool.__name__, str(teacher.args.dtype),
-                   teacher.order, teacher.content]                  # 1: version of the format
+        layers = range(1, teacher.blocks + 1) if pool else ()
+        content = [2, teacher.texts[split], teacher.args.max_length, pool and pool.__name__,
+                   str(teacher.args.dtype), teacher.order, teacher.content]         # 2: version of the format
         folder = Path(cache, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16])
         parts = [] if cache == "off" else torch.arange(len(teacher.texts[split][0])).split(self.PART)
         paths = {folder / f"{rows[0]}.pt": rows for rows in parts}
@@ -508,26 +491,22 @@ class Table:
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             size = sum(len(paths[path]) for path in missing) * (
-                2 * (teacher.blocks - 1) * teacher.width + 4 * teacher.model.num_labels)
+                2 * len(layers) * teacher.width + 4 * teacher.model.num_labels)
             print(f"cache    {split}: {size / 1e6:.1f} MB for {folder}", flush=True)
             if size > gather(shutil.disk_usage(folder).free)[0][0]:
                 print("WARNING: too little disk for it: no cache, the teacher runs in every step", flush=True)
                 missing, paths = [], {}
         for path in missing[RANK::WORLD]:                           # processes take them in turn
-            logits, pooled = teacher.map(split, paths[path], pool, f"teacher reads {split} from {path.stem}")
-            pooled = pooled.clamp(-65504, 65504).half().transpose(0, 1).contiguous()        # (n-1, rows, d_t)
+            bar = f"teacher reads {split} from {path.stem}"
+            logits, pooled = teacher.map(split, paths[path], pool, layers, bar)
+            pooled = pooled.clamp(-65504, 65504).half().transpose(0, 1).contiguous()        # (n, rows, d_t)
             store({"logits": logits.cpu(), "pooled": pooled.cpu()}, path)
         gather()                                                    # now all are there
         self.parts = [load(path, mmap=True) for path in paths]
-
-    def logits(self):
-        return torch.cat([part["logits"] for part in self.parts] or self.teacher.map(self.split)[:1]).cpu()
-
     def __call__(self, rows, layers):                           # -> logits (B, C), pooled vectors (B, k, d_t)
-        index, device = torch.tensor(layers, dtype=torch.long) - 1, self.teacher.args.device
         if not self.parts:
-            logits, pooled = self.teacher.map(self.split, rows, self.pool)
-            return logits, pooled[:, index.to(device)]
+            return self.teacher.map(self.split, rows, self.pool, layers)
+        index, device = torch.tensor(layers, dtype=torch.long) - 1, self.teacher.args.device
         places = [(self.parts[row // self.PART], row % self.PART) for row in rows.tolist()]
         logits = torch.stack([part["logits"][i] for part, i in places])
         pooled = torch.stack([part["pooled"][index, i] for part, i in places])
@@ -546,38 +525,47 @@ def batches(lengths, size, seed, epoch):                      # groups of rows o
     groups = [group for run in runs for group in run[lengths[run].argsort(stable=True)].split(size)]
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
-def make_optimizer(params, args):                                   # biases and norms are spared the decay
-    groups = [{"params": [p for p in params if (p.ndim < 2) == flat], "weight_decay": decay}
-              for flat, decay in ((False, args.weight_decay), (True, 0.0))]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=args.device.type in ("cpu", "cuda"))
-
 class Objective(nn.Module):
-    """What is trained, and Eq. 4: rows (B,) -> (4,), the loss and its terms CE, KD, ILD (0: not in use)."""
-    def __init__(self, student, labels, table, ild, args):
+    """What is trained, and Eq. 4: rows (B,) -> (5,), loss and terms CE, KD, ILD, MIX (0: not in use)."""
+    def __init__(self, student, labels, tables, ild, args):
         super().__init__()
-        self.student, self.labels, self.table, self.args = student, labels, table, args
-        self.model, self.ild, self.weights = student.model, ild, torch.tensor(args.weights).to(args.device)
-
+        self.student, self.labels, self.tables, self.args = student, labels, tables, args
+        self.model, self.ild = student.model, ild
+    def set_epoch(self, epoch):
+        """The schedule of any method: stage, temperature, teacher's checkpoint, weights of terms, draw."""
+        args, first, top = self.args, self.args.first_stage, self.args.max_temperature
+        past, stage = min(epoch, first) - 1, 1 + (epoch > first)
+        self.temperature = 1 + (top - 1) * (1 - past / max(1, first - 1)) if top else args.temperature
+        self.table = self.tables and self.tables[past * len(self.tables) // first]
+        self.weights = torch.tensor(args.stages[stage - 1]).to(args.device)
+        self.mixing = epoch / first if args.stages[stage - 1][3] else 0.0
+        if self.ild:
+            self.ild.set_epoch(epoch)
+        return stage
     def forward(self, rows):
         logits_s, hidden_s, mask_s = self.student("train", rows)
         index = upload(rows, self.labels.device)
         labels = self.labels[index]
         ce = (F.cross_entropy if logits_s.shape[1] > 1 else F.mse_loss)(logits_s.squeeze(1), labels)
-        kd = inter = torch.zeros_like(ce)
+        kd = inter = mix = torch.zeros_like(ce)
         if self.table:
             logits_t, pooled_t = self.table(rows, self.ild.layers_t if self.ild else [])
-            kd = kd_loss(logits_s, logits_t, self.args.temperature)
+            kd = kd_loss(logits_s, logits_t, self.temperature, self.args.max_temperature)
         if self.ild:
             pooled_s = self.ild.pool("s", hidden_s, mask_s)
             inter = self.ild.distance(pooled_s, pooled_t, index=index, labels=labels)
-        terms = torch.stack([ce, kd, inter])
+        if self.mixing:
+            share = 0.5 + abs(torch.rand(()).item() - 0.5)          # max(b, 1 - b), b of Beta(1, 1)
+            mixed = self.ild.pool("s", *self.student("train", rows, share)[1:])
+            mix = self.mixing * mixup_loss(mixed, pooled_s, share)  # grows with the epoch
+        terms = torch.stack([ce, kd, inter, mix])
         return torch.cat([(self.weights * terms).sum()[None], terms])
 
 class Position:
     """Where training stands, in checkpoint.pt. Made anew in the same folder, it goes on from there."""
     def __init__(self, folder, args, **parts):
         self.path, self.args, self.parts, self.recent, self.bad = folder / "checkpoint.pt", args, parts, [], 0
-        self.epoch, self.step, self.sums, self.history, self.saved = 1, 0, [0.0] * 4, [], time.monotonic()
+        self.epoch, self.step, self.sums, self.history, self.saved = 1, 0, [0.0] * 5, [], time.monotonic()
         if self.path.exists():
             content, now = load(self.path), settings(args)
             changed = ", ".join(k for k in now if now[k] != content["settings"].get(k))
@@ -588,7 +576,6 @@ class Position:
             torch.set_rng_state(content["mine"][RANK][0])
             torch.cuda.set_rng_state_all(content["mine"][RANK][1][:torch.cuda.device_count()])
             print(f"resumed in epoch {self.epoch} after step {self.step}", flush=True)
-
     def save(self):
         self.check()
         content = {name: part.state_dict() for name, part in self.parts.items()}
@@ -599,8 +586,7 @@ class Position:
         self.saved, came = time.monotonic(), max(gather(SIGNAL["came"]))[0]         # now it is on disk
         if came:
             on_signal(came)
-
-    def stepped(self, losses, size):                                # losses (4,), mean over `size` examples
+    def stepped(self, losses, size):                                # losses (5,), mean over `size` examples
         self.step, self.recent = self.step + 1, [*self.recent, (losses, size)]
         if self.step % 50 == 0:
             self.check()
@@ -608,40 +594,46 @@ class Position:
             late = SIGNAL["came"] or time.monotonic() > self.saved + 60 * self.args.checkpoint_minutes
             if any(late for late, in gather(late)):
                 self.save()
-
     def check(self):                                                # fp16 may leave out 50 steps in a row
         schedule = self.parts["schedule"]
         for i, (losses, size) in enumerate(self.recent, self.step - len(self.recent) + 1):
             values, lr = losses.tolist(), schedule.lr_lambdas[0](schedule.last_epoch - self.step + i - 1)
             self.bad = 0 if math.isfinite(sum(values)) else self.bad + 1
             need(self.bad <= 50 * self.parts["scaler"].is_enabled(), f"epoch {self.epoch}, step {i}, lr "
-                 f"{self.args.lr * lr:.3g}: loss, ce, kd, ild {values}: lower --lr? The best student is kept")
+                 f"{self.args.lr * lr:.3g}: loss, ce, kd, ild, mix {values}: lower --lr? The best stays")
             self.sums = self.sums if self.bad else [x + y * size for x, y in zip(self.sums, values)]
         self.recent = []
 
-def train(student, data, args, folder, tables=None, ild=None):
+def train(student, data, args, folder, tables=None, ild=None, keep=False):
     """Train -> history. In folder: model, the best epoch; log.jsonl; checkpoint.pt, to go on after a stop."""
-    from transformers import get_linear_schedule_with_warmup
     labels, lengths = data.labels["train"].to(args.device), student.encode("train")[1]
     objective = Objective(student, labels, tables and tables["train"], ild, args)
     net = objective if WORLD == 1 else nn.parallel.DistributedDataParallel(
         objective, broadcast_buffers=False, find_unused_parameters=True)
     params = [p for p in objective.parameters() if p.requires_grad]
-    optimizer, size = make_optimizer(params, args), args.batch_size * args.grad_accumulation * WORLD
-    steps = args.epochs * math.ceil(len(labels) / size)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
+    groups = [{"params": [p for p in params if (p.ndim < 2) == flat], "weight_decay": decay}
+              for flat, decay in ((False, args.weight_decay), (True, 0.0))]         # not for biases and norms
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=args.device.type in ("cpu", "cuda"))
+    size = args.batch_size * args.grad_accumulation * WORLD
+    first, steps = (n * math.ceil(len(labels) / size) for n in (args.first_stage, args.epochs))
+    def rate(step):                                                 # each stage warms up, then falls to 0
+        done, total = (step, first) if step < first or first == steps else (step - first, steps - first)
+        return min(done / max(1, args.warmup * total), (total - done) / max(1, (1 - args.warmup) * total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    before, start = watch(student, tables, ild, data)["cosine_s"], time.perf_counter()
+    before, start = watch(student, tables, ild, data)[0]["cosine_s"], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)
     at = Position(folder, args, objective=objective, optimizer=optimizer, schedule=schedule, scaler=scaler)
     for epoch in range(at.epoch, args.epochs + 1):
-        best = max(at.history, key=lambda row: row["score"], default=None)          # of equal ones the first
-        if best and epoch - best["epoch"] > args.patience:
+        stage = objective.set_epoch(epoch)
+        best = max((x for x in at.history if x["stage"] == stage), default=None, key=lambda x: x["score"])
+        if best and stage == len(args.stages) and epoch - best["epoch"] > args.patience:
             print(f"stopped: nothing better for {args.patience} epochs", flush=True)
             break
-        if ild:
-            ild.set_epoch(epoch)
+        if at.step == 0 and epoch == args.first_stage + 1 and any(args.stages[0][:2]):  # it trained the head
+            gather()                                                # now the best of the first stage is there
+            student.model.load_state_dict(type(student.model).from_pretrained(folder / "model").state_dict())
         objective.train()
         SIGNAL["wait"] = True
         began, groups = time.perf_counter(), batches(lengths, size, args.seed, epoch)[at.step:]
@@ -662,26 +654,25 @@ def train(student, data, args, folder, tables=None, ild=None):
         seconds = time.perf_counter() - began
         at.save()
         SIGNAL["wait"] = False
-        loss, ce, kd, inter = (sum(x) / len(labels) for x in zip(*(x for x, in gather(at.sums))))
+        loss, ce, kd, inter, mix = (sum(x) / len(labels) for x in zip(*(x for x, in gather(at.sums))))
         metrics = evaluate(lambda split: predict(student, split), data)
-        row = {"epoch": epoch, "layers_t": ild and ild.layers_t, "loss": loss, "ce": ce, "kd": tables and kd,
-               "ild": ild and inter, **watch(student, tables, ild, data), "seconds": seconds,
-               "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metrics[0]],
-               "metrics": metrics}
+        row = {"epoch": epoch, "stage": stage, "layers_t": ild and ild.layers_t, "loss": loss,
+               "ce": ce, "kd": tables and kd, "ild": ild and inter, "mix": mix or None,
+               **watch(student, tables, ild, data)[0], "seconds": seconds, "metrics": metrics,
+               "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metrics[0]]}
         row["collapsed"] = before is not None and 1 - row["cosine_s"] < 0.1 * (1 - before)
         row["skipped"] = schedule.last_epoch - int(next(iter(optimizer.state.values()))["step"]) or None
         at.history, better = [*at.history, row], not best or row["score"] > best["score"]
         if RANK == 0:
-            if better:
-                save(student, folder / "model")
+            for name in ["model"] * better + [f"epoch-{epoch:03}"] * keep:
+                save(student, folder / name)
             (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.history))
-        at.epoch, at.step, at.sums = epoch + 1, 0, [0.0] * 4
-        shown = {k: row[k] for k in "epoch layers_t loss ce kd ild skipped seconds".split()} | metrics
-        alarm = f"\nWARNING: the student collapses: cosine_s was {before or 0:.3f} once" * row["collapsed"]
+        at.epoch, at.step, at.sums = epoch + 1, 0, [0.0] * 5
+        shown = {k: row[k] for k in "epoch layers_t loss ce kd ild mix skipped seconds".split()} | metrics
+        note = f"\nWARNING: the student collapses: cosine_s was {before or 0:.3f} once" * row["collapsed"]
+        note += f"\nall epochs: about {(time.monotonic() - start) / 60 * args.epochs:.1f} min" * (epoch == 1)
         print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
-                if v is not None), "*" * better + alarm, sep="  ", flush=True)      # *: the best so far
-        if epoch == 1:
-            print(f"all epochs: about {(time.perf_counter() - start) * args.epochs / 60:.1f} min", flush=True)
+                if v is not None), "*" * better + note, sep="  ", flush=True)      # *: the best so far
     return at.history
 
 def settings(args):                                                 # what results depend on
@@ -694,11 +685,8 @@ def shards(group, size):                                # (rows, share of the gr
 
 def predict(side, split):                                           # logits (N, C), made by all processes
     rows = torch.arange(len(side.texts[split][0]))
-    mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]      # more processes than rows: not used
-    logits = torch.empty(len(rows), side.model.num_labels)
-    for rank, (part,) in enumerate(gather(side.map(split, mine)[0].cpu())):
-        logits[rank::WORLD] = part[:len(rows[rank::WORLD])]
-    return logits
+    mine = torch.cat([rows.tensor_split(WORLD)[RANK], rows[:1]])    # one more, for there may be none
+    return torch.cat([logits for logits, in gather(side.map(split, mine)[0][:-1].cpu())])
 
 def measure(name, logits, labels):                           # 0 where it is not defined: constant predictions
     from scipy import stats
@@ -713,24 +701,22 @@ def evaluate(predict, data):                               # predict(split): log
     return {name + split[10:].replace("_matched", ""): measure(name, logits, data.labels[split])
             for split in data.dev for logits in [predict(split)] for name in data.metrics}
 
-def speed(side, data):                                              # examples/s that it answers
-    side.encode(data.dev[0])
-    began = time.perf_counter()
-    side.map(data.dev[0], data.watched)[0].sum().item()
-    return len(data.watched) / (time.perf_counter() - began)
-
 @torch.no_grad()
 def watch(student, tables, ild, data):
     """On up to 256 dev examples: the mean cosine of different examples' pooled states, over the used layers;
-    the spread of the mapped vectors, sqrt(1 - |mean unit vector|^2), 0 where all point one way."""
-    pooled_s = student.map(data.dev[0], data.watched, ild.pool_tokens if ild else mean_pool)[1]
+    the spread of the mapped vectors, sqrt(1 - |mean unit vector|^2), 0: all point one way; examples/s."""
+    used = (ild.layers_s if ild else range(1, student.blocks)) or [1]
+    student.encode(data.dev[0])
+    began = time.perf_counter()
+    pooled_s = student.map(data.dev[0], data.watched, ild.pool_tokens if ild else mean_pool, used)[1]
     n, alike, sides = len(pooled_s), unit(pooled_s).mean(0).square().sum(-1).mean().item(), []
+    speed = n / (time.perf_counter() - began)
     if ild and ild.layers_t and ild.distance.proj_s is not None:
         sides = ild.distance.project(pooled_s, tables[data.dev[0]](data.watched, ild.layers_t)[1])
     spreads = [sum((1 - unit(z).mean(0).square().sum()).clamp(min=0).sqrt().item() for z in side) / len(side)
                for side in sides] or [None, None]
     cosine = (n * alike - 1) / (n - 1) if n > 1 else None
-    return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": cosine}
+    return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": cosine}, speed
 
 def save(side, folder):                                             # written beside, then put in its place
     partial = folder.with_suffix(".partial")
@@ -740,49 +726,59 @@ def save(side, folder):                                             # written be
     partial.rename(folder)
 
 def prepare_teacher(student, data, args, work):                 # -> teacher, tables, dev metrics, fitted loss
-    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp data".split()
-    key = hashlib.sha256(json.dumps([vars(args)[x] for x in names]).encode()).hexdigest()[:12]
+    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp data keep"
+    key = hashlib.sha256(json.dumps([vars(args)[x] for x in names.split()]).encode()).hexdigest()[:12]
     folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
     made, = gather(folder.exists())[0]
+    *earlier, last = args.teacher.split(",")
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
-    teacher = Side("teacher", str(folder / "model") if made else args.teacher, data, args)
-    ild = make_loss(student, teacher, args) if args.weights[2] else None    # before hours are spent
+    teacher = Side("teacher", str(folder / "model") if made else last, data, args)
+    ild = make_loss(student, teacher, args) if any(stage[2] for stage in args.stages) else None
     if not teacher.ready:
         print(f"teacher  {teacher.title} has no head for the task: fine-tuned first for {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
-                  "seed": args.teacher_seed, "weights": (1.0, 0.0, 0.0), "grad_accumulation": 1,
-                  "batch_size": max(1, 32 // WORLD)}                # whatever the student's
-        train(teacher, data, argparse.Namespace(**vars(args) | tuning), work)
+                  "seed": args.teacher_seed, "stages": WEIGHTS["none"], "grad_accumulation": 1,
+                  "first_stage": args.teacher_epochs, "batch_size": max(1, 32 // WORLD)}
+        train(teacher, data, argparse.Namespace(**vars(args) | tuning), work, keep=args.keep)
         if RANK == 0 and not folder.exists():                       # or another run was faster
             work.rename(folder)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         gather()
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
-    teacher.freeze()
-    if args.teacher_labels and not made:                            # our own answers in the task's order
-        need(sorted(args.teacher_labels) == sorted(data.names or []),
-             f"--teacher-labels: name each of the task's labels once, they are {data.names}")
-        teacher.order = [args.teacher_labels.index(name) for name in data.names]
-    where = POOLINGS[METHODS[args.method][2]], args.teacher_cache or Path(args.output_dir, "teacher-cache")
-    tables = {split: Table(teacher, split, *where) for split in data.dev}
-    metrics = evaluate(lambda split: tables[split].logits(), data)
+    earlier = sorted(map(str, folder.glob("epoch-*"))) if made else earlier
+    sides = [Side("teacher", path, data, args) for path in earlier if args.max_temperature]
+    sides += [teacher] * (not made or not sides)                    # in training order
+    for side in [teacher, *sides]:
+        need(side.ready, f"the teacher {side.title} has no head for the task")
+        if args.teacher_labels and not made:                        # our own answers in the task's order
+            need(sorted(args.teacher_labels) == sorted(data.names or []),
+                 f"--teacher-labels: name each of the task's labels once, they are {data.names}")
+            side.order = [args.teacher_labels.index(name) for name in data.names]
+    pool = POOLINGS[METHODS[args.method][2]]
+    cache = args.teacher_cache or Path(args.output_dir, "teacher-cache")
+    tables = {split: Table(teacher, split, pool, cache) for split in data.dev}
+    answers = {x: table(torch.arange(len(data.labels[x])), ())[0].cpu() for x, table in tables.items()}
+    metrics = evaluate(answers.get, data)
     if data.names and not made and not args.teacher_labels:
-        check_order(tables[data.dev[0]].logits().argmax(1), data.labels[data.dev[0]], data.names)
+        check_order(answers[data.dev[0]].argmax(1), data.labels[data.dev[0]], data.names)
     weak = metrics[data.metrics[0]] <= data.floor + 0.01
     print(f"teacher  {teacher.title}; dev {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}; majority "
           f"baseline {data.floor:.4f}" + "\nWARNING: the teacher is no better; untrained?" * weak, flush=True)
-    tables["train"] = Table(teacher, "train", *where)          # after the checks: it may take an hour
+    pool = pool if ild or len(sides) == 1 else None                 # their logits alone
+    tables["train"] = [Table(side, "train", pool, cache) for side in sides]     # last: it may take an hour
+    if args.max_temperature:
+        print(f"pro-kd: {len(sides)} checkpoint(s) of the teacher" + ": Annealing-KD" * (len(sides) == 1))
     if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
         size = len(data.labels["train"])
         rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
-        pooled_t = tables["train"](rows, range(1, teacher.blocks))[1]
-        ild.distance.fit(student.map("train", rows, ild.pool_tokens)[1], pooled_t, ild.chances())
+        pooled_t = tables["train"][-1](rows, ild.all_t)[1]
+        pooled_s = student.map("train", rows, ild.pool_tokens, ild.layers_s)[1]
+        ild.distance.fit(pooled_s, pooled_t, ild.chances())
     return teacher, tables, metrics, ild
 
 def check_order(answers, labels, names):                         # an assignment on the confusion matrix tells
     from scipy.optimize import linear_sum_assignment
-    from sklearn.metrics import confusion_matrix
-    confusion = confusion_matrix(labels, answers, labels=range(len(names)), normalize="all")
+    confusion = F.one_hot(labels, len(names)).T / len(labels) @ F.one_hot(answers, len(names)).float()
     best = linear_sum_assignment(-confusion)[1].tolist()                    # label i is answer best[i]
     now, then = confusion.trace(), confusion[range(len(names)), best].sum()
     order = ",".join(names[best.index(answer)] for answer in range(len(names)))
@@ -790,14 +786,12 @@ def check_order(answers, labels, names):                         # an assignment
          f"its labels reordered {then:.3f}: pass --teacher-labels {order} (or the right order)")
 
 def make_loss(student, teacher, args):
-    size, kind = len(student.texts["train"][0]), DISTANCES[args.distance or METHODS[args.method][1]]
-    names = [x for x in ("proj_dim", "teacher_proj", "start", "shared") if vars(args)[x] is not None]
-    options = {x: vars(args)[x] for x in names}
-    options |= {"num_examples": size} if "num_examples" in inspect.signature(kind).parameters else {}
+    options = {x: y for x in "proj_dim teacher_proj start shared".split() if (y := vars(args)[x]) is not None}
     torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
     try:
         return IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
-                                args.seed, args.select, args.distance, **options).to(args.device)
+                                args.seed, args.select, args.distance, **options,
+                                num_examples=len(student.texts["train"][0])).to(args.device)
     except (ValueError, TypeError) as error:
         raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
 
@@ -805,9 +799,9 @@ def run(args):                                                      # a finished
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
     folder, config = Path(args.output_dir, args.task, name), settings(args)
-    models = [os.path.realpath(x) for x in (args.teacher, args.student)]
-    need(args.method == "none" or models[0] != models[1], "teacher and student are one and the same model")
-    need(not {os.path.realpath(x) for x in (args.output_dir, folder, folder / "model")} & {*models},
+    *models, own = [os.path.realpath(x) for x in (*args.teacher.split(","), args.student)]
+    need(args.method == "none" or own not in models, "teacher and student are one and the same model")
+    need(not {os.path.realpath(x) for x in (args.output_dir, folder, folder / "model")} & {*models, own},
          f"{folder} is where results go: the teacher and the student must lie elsewhere")
     if args.overwrite or not (folder / "results.json").exists():
         distil(args, folder, config)
@@ -836,34 +830,35 @@ def distil(args, folder, config):                                   # from the d
     args.data, args.processes = hashlib.sha256(content.encode()).hexdigest()[:12], WORLD    # for checkpoints
     torch.manual_seed(args.seed)                                    # draws the student's head
     student = Side("student", args.student, data, args)
-    if args.weights[1] or args.weights[2]:
+    need(not args.stages[0][3] or "inputs_embeds" in student.takes, f"{args.student} takes no inputs_embeds")
+    if any(any(stage[1:]) for stage in args.stages):
         teacher, tables, metrics_t, ild = prepare_teacher(student, data, args, folder / "teacher")
         shutil.rmtree(folder / "teacher", ignore_errors=True)       # where another run was faster
+    weights = ", then ".join(" ".join(f"{w:.2g}" for w in stage) for stage in args.stages)
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
     print(f"student  {student.title}\n"
           f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
           f"{data.metrics[0]} on {data.dev[0]} selects the epoch\n"
-          f"method   {folder.name}; layers {pairs}; CE KD ILD {' '.join(f'{w:.2g}' for w in args.weights)}\n"
+          f"method   {folder.name}; layers {pairs}; CE KD ILD {weights}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
           f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
     for name in ["checkpoint.pt", "results.json"] * (RANK == 0 and (folder / "results.json").exists()):
         (folder / name).unlink(missing_ok=True)                     # --overwrite: nothing of it is used
     history = train(student, data, args, folder, tables, ild)
-    best = max(history, key=lambda row: row["score"])
+    best = max((x for x in history if x["stage"] == len(args.stages)), key=lambda row: row["score"])
     results = {
         "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metrics[0],
         "best_score": best["score"], "best_epoch": best["epoch"], "last_score": history[-1]["score"],
         "teacher_score": metrics_t.get(data.metrics[0]), "teacher_metrics": metrics_t, "floor": data.floor,
         "params_s": student.params, "params_t": teacher and teacher.params, "collapsed": best["collapsed"],
-        "speed_s": speed(student, data), "speed_t": teacher and speed(teacher, data), "history": history,
-        "device": str(args.device), "precision": str(args.dtype), "config": config,
-        "model": str(folder / "model"),
-        "versions": {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")}}
+        "speed_s": watch(student, None, None, data)[1], "model": str(folder / "model"), "config": config,
+        "speed_t": teacher and watch(teacher, None, None, data)[1], "precision": str(args.dtype),
+        "versions": {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")},
+        "device": str(args.device), "history": history}
     if RANK == 0:
         (folder / "results.partial").write_text(json.dumps(results, indent=1))
         (folder / "results.partial").rename(folder / "results.json")
-        for path in folder.glob("checkpoint.*"):
-            path.unlink()
+        (folder / "checkpoint.pt").unlink()
     gather()
     if WORLD > 1:
         torch.distributed.destroy_process_group()
@@ -889,9 +884,8 @@ def report(folder):                                                 # of finishe
 
 def set_up(args):                                 # device, precision, quiet libraries, no wait for a dead hub
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and WORLD > 1 else name
     try:
-        args.device = torch.empty(1, device=name).device
+        args.device = torch.empty(1, device=LOCAL if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from error
     torch.cuda.set_device(args.device if args.device.type == "cuda" else -1)        # -1: nothing
@@ -902,7 +896,7 @@ def set_up(args):                                 # device, precision, quiet lib
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
-    local = [args.data_root or args.train_file or "", args.teacher, args.student]
+    local = [args.data_root or args.train_file or "", *args.teacher.split(","), args.student]
     if not all(map(os.path.exists, local)) and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
@@ -913,20 +907,15 @@ def set_up(args):                                 # device, precision, quiet lib
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
+    logging.captureWarnings(True)                                   # and so silences them
 
-def number(kind, low, high=math.inf):                               # argparse: within [low, high]
+def number(kind, low, high=math.inf, count=1):            # argparse: so many within [low, high], not all 0
     def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
-        return kind(text)
+        values = [kind(value) for value in text.split(",")]
+        if len(values) != count or not all(low <= x <= high for x in values) or count > 1 and not any(values):
+            raise argparse.ArgumentTypeError(f"{text} is not {count} number(s) within [{low}, {high}]")
+        return values[0] if count == 1 else values
     return number
-
-def three_numbers(text):
-    values = tuple(map(number(float, 0, 1e6), text.split(",")))
-    if len(values) != 3 or not sum(values):
-        raise argparse.ArgumentTypeError(f"{text} is not CE,KD,ILD: three numbers, not all 0")
-    return values
 
 def parse(argv=None):
     parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
@@ -938,7 +927,7 @@ def parse(argv=None):
     add("--method", default="rail-c", choices=METHODS, metavar="M", help=", ".join(METHODS))
     add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
     add("--distance", choices=DISTANCES, metavar="D", help=f"instead of the method's: {', '.join(DISTANCES)}")
-    add("--teacher", default="bert-base-uncased", help="hub name or folder; paper: BERT-12")
+    add("--teacher", default="bert-base-uncased", help="hub name or folder (pro-kd: A,B,..); paper: BERT-12")
     add("--student", default="distilbert-base-uncased", help="hub name or folder; paper: DistilBERT-6")
     add("--data-root", help="local clones named like the hub's (DIR/nyu-mll/glue), no hub")
     add("--train-file", help="own csv, tsv, json lines or parquet: `label` and one or two columns of text")
@@ -951,8 +940,10 @@ def parse(argv=None):
     add("--lr", type=share, default=2e-5, help="paper: searched in 1e-5, 2e-5, 5e-5, 4e-6")
     add("--weight-decay", type=share, default=0.01, help="AdamW's, from two dimensions on; our choice")
     add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows; our choice")
-    add("--weights", type=three_numbers, metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3 each, for kd 1/2 1/2")
+    add("--weights", type=number(float, 0, 1e6, 3), metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3, kd 1/2 1/2")
     add("--temperature", type=number(float, 1e-3, 1e3), default=2.0, help="of the KD term; our choice")
+    add("--max-temperature", type=number(float, 1, 1e3), help="pro-kd: falls from it to 1; our choice: 7")
+    add("--first-stage", type=count, metavar="EPOCHS", help="cr-ild, pro-kd; our choice: half of the epochs")
     add("--proj-dim", type=count, help="width u of the maps; paper: 128")
     add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
     add("--start", choices=("ridge", "random"), help="student's map: least squares, our choice, or as drawn")
@@ -963,6 +954,7 @@ def parse(argv=None):
     add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
     add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
     add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it (our choice)")
+    add("--keep-teacher-epochs", action=both, default=False, dest="keep", help="of its training; pro-kd: yes")
     add("--teacher-cache", metavar="DIR", help="keeps its outputs; if not given, beside the runs; or off")
     add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="its labels in its own order")
     add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="between two; our choice")
@@ -970,14 +962,22 @@ def parse(argv=None):
     add("--device", help="cpu, cuda, cuda:1, ..; if not given, a GPU where there is one")
     add("--overwrite", action="store_true", help="run anew where there are results")
     add("--report", metavar="DIR", help="print a table of the finished runs below DIR, train nothing")
-    if parser.parse_known_args(argv)[0].task == "toy":
-        parser.set_defaults(epochs=8, patience=8, lr=1e-3, teacher_epochs=8, teacher_lr=1e-3)
+    first = parser.parse_known_args(argv)[0]
+    if first.task == "toy":
+        epochs = 8 * len(WEIGHTS.get(first.method, THIRDS))         # for each stage
+        parser.set_defaults(epochs=epochs, patience=8, lr=1e-3, teacher_epochs=8, teacher_lr=1e-3)
+    parser.set_defaults(**{"pro-kd": {"max_temperature": 7.0, "keep": True}}.get(first.method, {}))
     args = parser.parse_args(argv)
     files = [args.train_file, args.validation_file]
     if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
         parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
-    args.task, args.version = args.task or "own", 2                 # of what is written
-    args.weights = args.weights or (not args.distance and WEIGHTS.get(args.method)) or (1 / 3, 1 / 3, 1 / 3)
+    args.task, args.version = args.task or "own", 3                 # of what is written
+    *before, last = WEIGHTS.get(args.method if not args.distance or METHODS[args.method][1] else "", THIRDS)
+    args.weights = args.weights or last[:3]
+    args.stages = [*before, (*args.weights, 0.0)]
+    args.first_stage = (args.first_stage or args.epochs // 2) if before else args.epochs
+    if before and not 0 < args.first_stage < args.epochs:
+        parser.error(f"--method {args.method} has two stages: --epochs above --first-stage, 2 at least")
     if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
         parser.error(f"--method {args.method} has no distance: give one, or leave --select and --weights")
     return parser, args
