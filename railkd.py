@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # ================================================================================================ the method
-# Needs torch alone (copied: math, random too). B batch, L tokens, d_s, d_t widths, n teacher blocks, m slots of
+# Needs torch alone (copied: math, random). B batch, L tokens, d_s, d_t widths, n teacher blocks, m slots of
 # the student, k teacher vectors, u width of maps, C classes; hidden_states[0]: embeddings, [i]: block i.
 def unit(vectors):
     return F.normalize(vectors, dim=-1)                             # length 1
@@ -427,7 +427,7 @@ class Side:
         except Exception as error:
             raise UserError(f"cannot load the {role} {name}: {str(error).strip()}".split("\n")[0]
                             + ADVICE * (not os.path.exists(name))) from error
-        need((n := self.model.num_labels) == len(names), f"{name} knows {n} labels, not {len(names)}")
+        need((n := self.model.num_labels) == len(names), f"{name} has {n} labels, the task has {len(names)}")
         self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
         self.model, self.texts, self.tokens = self.model.float().to(args.device), data.texts, {}
         self.params = sum(p.numel() for p in self.model.parameters())

@@ -124,6 +124,7 @@ def test_selections_are_the_published_ones():
     for name, layers in expected.items():
         assert R.select_layers(name, 12, 5, 3, 1) == layers
     assert R.select_layers("skip", 24, 5) == [4, 8, 12, 16, 20]
+    assert R.select_layers("final", 12, 1, 3, 1) == [12]
     orders = [R.select_layers("permuted", 12, 5, seed, epoch) for seed in range(9) for epoch in (0, 1, 7)]
     assert all(sorted(order) == expected["skip"] for order in orders) and len({*map(tuple, orders)}) > 3
     assert all(orders[i] == orders[i + 1] == orders[i + 2] for i in range(0, 27, 3))       # never redrawn
@@ -151,6 +152,29 @@ def test_kd_loss_pulls_the_student_alone():
     for bad in [(s, t[:, :2], 2.0), (s, t, 0.0), (s[0], t[0], 2.0)]:
         with pytest.raises(ValueError):
             R.kd_loss(*bad)
+
+
+@pytest.mark.parametrize("classes", [4, 1])
+def test_annealed_logits(classes):
+    """Catches phi upside down or off by one, KL where the squared error stands, a teacher with a gradient."""
+    s, t = (torch.randn(B, classes, requires_grad=True) for _ in "st")
+    for temperature, phi in ((1.0, 1.0), (4.0, 4 / 7), (7.0, 1 / 7)):
+        expected = np.mean((s.detach().numpy() - phi * t.detach().numpy()) ** 2)
+        assert R.kd_loss(s, t, temperature, max_temperature=7.0).item() == pytest.approx(expected, rel=1e-5)
+    R.kd_loss(s, t, 3.0, 7.0).backward()
+    assert t.grad is None and s.grad.abs().sum() > 0
+
+
+def test_mixup_is_near_both_texts():
+    """Catches the shares swapped, a batch that is not reversed, clean states with a gradient, a missing normalise."""
+    mixed, clean = (torch.randn(B, 2, D_S, requires_grad=True) for _ in "mc")
+    loss, (m, c), expected = R.mixup_loss(mixed, clean, 0.7), (unit(x.detach().double().numpy()) for x in (mixed, clean)), 0.0
+    for b in range(B):
+        for i in range(2):
+            expected += (0.7 * ((m[b, i] - c[b, i]) ** 2).sum() + 0.3 * ((m[b, i] - c[B - 1 - b, i]) ** 2).sum()) / B / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert clean.grad is None and mixed.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -438,14 +462,15 @@ def test_gradients_reach_all_they_should(method, widths):
     torch.manual_seed(0)
     options = {"num_examples": 8} if method == "codir" else {}
     loss = R.IntermediateLoss(method, 4, 6, *widths, **options)
-    assert loss.layers_s == [1, 2, 3]
+    assert loss.layers_s == ([4] if method == "cr-ild" else [1, 2, 3])
     hidden_s = tuple(torch.randn(4, 5, widths[0], requires_grad=True) for _ in range(5))
     hidden_t = tuple(torch.randn(4, 7, widths[1], requires_grad=True) for _ in range(7))
     batch = (hidden_s, torch.ones(4, 5), hidden_t, torch.ones(4, 7))
     loss.fit([batch])
     loss.set_epoch(1)
     loss(*batch, index=torch.arange(4), labels=torch.tensor([0, 1, 0, 1])).backward()
-    assert [h.grad is not None and bool(h.grad.abs().sum() > 0) for h in hidden_s] == [False, True, True, True, False]
+    reached = [i for i, h in enumerate(hidden_s) if h.grad is not None and h.grad.abs().sum() > 0]
+    assert reached == loss.layers_s
     assert all(h.grad is None for h in hidden_t)
     for name, p in loss.named_parameters():
         frozen = "proj_t" in name and method != "codir"
@@ -531,11 +556,11 @@ def test_collapse_is_seen():
     alike, apart = torch.ones(50, 8) + 1e-3 * torch.randn(50, 8), torch.randn(50, 8)
 
     def watch(states, mapped=None):
-        student = Namespace(map=lambda split, rows, pool: (None, states[rows][:, None]))
+        student = Namespace(map=lambda split, rows, pool, layers: (None, states[rows][:, None]), blocks=2, encode=id)
         data = Namespace(dev=["validation"], watched=torch.arange(len(states)))
         distance = Namespace(proj_s=1, project=lambda pooled_s, pooled_t: (mapped, mapped[:1]))
-        ild = mapped and Namespace(pool_tokens=None, layers_t=[1], distance=distance)
-        return R.watch(student, {"validation": lambda rows, layers: (None, None)}, ild, data)
+        ild = mapped and Namespace(pool_tokens=None, layers_s=[1], layers_t=[1], distance=distance)
+        return R.watch(student, {"validation": lambda rows, layers: (None, None)}, ild, data)[0]
     u = unit(apart.double().numpy())
     expected = np.mean([u[i] @ u[j] for i in range(50) for j in range(50) if i != j])
     assert watch(apart)["cosine_s"] == pytest.approx(expected, abs=1e-6) and watch(alike)["cosine_s"] > 0.99
@@ -603,11 +628,15 @@ def test_every_method_runs(one_teacher, models, method):
             "examples_per_s", "metrics"} <= {*row}
     has_kd, has_ild = method != "none", R.METHODS[method][1] is not None
     assert (row["kd"] is not None, row["ild"] is not None) == (has_kd, has_ild)
-    weights = results["config"]["weights"]
-    assert row["loss"] == pytest.approx(sum(w * (row[x] or 0) for w, x in zip(weights, ("ce", "kd", "ild"))), rel=1e-4)
+    for row in results["history"]:
+        weights = results["config"]["stages"][row["stage"] - 1]
+        terms = [row[x] or 0 for x in ("ce", "kd", "ild", "mix")]
+        assert row["loss"] == pytest.approx(sum(w * x for w, x in zip(weights, terms)), rel=1e-4, abs=1e-6)
+    assert results["config"]["weights"] == list(weights[:3])
     assert (results["teacher_score"] is None) == (method == "none")
     if has_ild:
-        drawn = [R.select_layers(R.METHODS[method][0], 4, 2, 42, epoch) for epoch in (1, 2, 3, 4)]
+        slots = 1 if method == "cr-ild" else 2
+        drawn = [R.select_layers(R.METHODS[method][0], 4, slots, 42, epoch) for epoch in (1, 2, 3, 4)]
         assert [row["layers_t"] for row in results["history"]] == drawn and row["spread_s"] > 0
 
 
@@ -664,7 +693,9 @@ def kill_at(monkeypatch, phase, epoch, step, name="stepped"):
 
 @pytest.mark.parametrize("phase, method, epoch, step, minutes", [
     ("teacher", "rail-c", 2, 4, "0"), ("student", "rail-c", 2, 2, "0"),
-    ("student", "codir", 2, 2, "0"), ("student", "codir", 3, 3, "9")])
+    ("student", "codir", 2, 2, "0"), ("student", "codir", 3, 3, "9"),
+    ("student", "cr-ild", 1, 2, "0"), ("student", "pro-kd", 1, 3, "0"), ("student", "pro-kd", 2, 2, "0"),
+    ("student", "pro-kd", 3, 1, "9")])
 def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, monkeypatch, method, phase, epoch, step, minutes):
     """Catches a random state, a memory bank, a schedule, a best score, a sum of losses that is lost."""
     args = command(tmp_path, models, "--method", method, "--teacher-epochs", "2", "--epochs", "3", "--lr", "0.003",
@@ -826,7 +857,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, 
         R.main(args)
     error, folder = capsys.readouterr().err, tmp_path / "runs" / "own" / "kd-seed42"
     assert stop.value.code == 2 and error.count("\n") == 1 and len(calls) == 170
-    assert "epoch 2, step 7, lr 0.00095: loss, ce, kd, ild [nan, 0." in error and ", nan, 0.0]: lower --lr" in error
+    assert "epoch 2, step 7, lr 0.00095: loss, ce, kd, ild, mix [nan, 0." in error and ", nan, 0.0, 0.0]: lower --lr" in error
     assert (folder / "model" / "model.safetensors").exists() and not (folder / "results.json").exists()
     calls.clear()
     monkeypatch.setattr(R.Position, "save", R.Position.check)               # before every checkpoint as well
@@ -879,7 +910,7 @@ def side_and_data(tmp_path, models, *more):
 def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
     """Catches a teacher in train mode, in the optimizer, or changed by a single bit."""
     kept = {}
-    prepare, make, make_loss = R.prepare_teacher, R.make_optimizer, R.make_loss
+    prepare, make, make_loss = R.prepare_teacher, torch.optim.AdamW, R.make_loss
 
     def spy(*args):
         result = prepare(*args)
@@ -890,12 +921,12 @@ def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
         kept["modules"] = [student.model, make_loss(student, *more)]
         return kept["modules"][1]
 
-    def spy_optimizer(params, args):
-        kept["optimizer"] = make(params, args)
+    def spy_optimizer(*args, **options):
+        kept["optimizer"] = make(*args, **options)
         return kept["optimizer"]
     monkeypatch.setattr(R, "make_loss", spy_loss)
     monkeypatch.setattr(R, "prepare_teacher", spy)
-    monkeypatch.setattr(R, "make_optimizer", spy_optimizer)
+    monkeypatch.setattr(torch.optim, "AdamW", spy_optimizer)
     R.main(command(tmp_path, models))
     assert not kept["teacher"].training and not any(p.requires_grad for p in kept["teacher"].parameters())
     assert all(torch.equal(v, kept["before"][k]) for k, v in kept["teacher"].state_dict().items())
@@ -1001,8 +1032,7 @@ def test_temperature_and_weights_reach_the_loss(tmp_path, models):
                                "--lr", "0", "--epochs", "1", "--weights", "0.2,0.7,0")
     torch.manual_seed(0)
     student, teacher = (R.Side(role, vars(args)[role], data, args) for role in ("student", "teacher"))
-    teacher.freeze()
-    row, = R.train(student, data, args, tmp_path / "kd", {"train": R.Table(teacher, "train", R.mean_pool, tmp_path / "cache")})
+    row, = R.train(student, data, args, tmp_path / "kd", {"train": [R.Table(teacher, "train", R.mean_pool, tmp_path / "cache")]})
     logits_s, logits_t = student.map("train")[0], teacher.map("train")[0]
     assert row["ce"] == pytest.approx(torch.nn.functional.cross_entropy(logits_s, data.labels["train"]).item(), abs=1e-5)
     assert row["kd"] == pytest.approx(R.kd_loss(logits_s, logits_t, 3.0).item(), rel=1e-4) and row["ild"] is None
@@ -1010,10 +1040,14 @@ def test_temperature_and_weights_reach_the_loss(tmp_path, models):
 
 
 def table_of(tmp_path, models, *more, pool=R.mean_pool):
+    from transformers import AutoModelForSequenceClassification
     args, data = side_and_data(tmp_path, models, "--amp", "off", *more)
-    torch.manual_seed(0)
-    teacher = R.Side("teacher", args.teacher, data, args)
-    teacher.freeze()
+    with_head = tmp_path / "with head" / Path(args.teacher).name
+    if not with_head.exists():
+        shutil.copytree(args.teacher, with_head)
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_pretrained(args.teacher).save_pretrained(with_head)
+    teacher = R.Side("teacher", str(with_head), data, args)
     return teacher, lambda: R.Table(teacher, "train", pool, tmp_path / "cache")
 
 
@@ -1028,8 +1062,8 @@ def test_cache_is_read_not_made_again(tmp_path, models, monkeypatch):
     (folder / "100.9-9").write_bytes(b"half")
     calls, run = [], R.Side.map
     monkeypatch.setattr(R.Side, "map", lambda self, split, rows, *more: calls.append(rows[0].item()) or run(self, split, rows, *more))
-    again = make()
-    assert calls == [50] and torch.equal(first.logits(), again.logits())
+    again, rows = make(), torch.arange(120)
+    assert calls == [50] and torch.equal(first(rows, ())[0], again(rows, ())[0])
     rows = torch.tensor([99, 3, 50])
     assert all(torch.equal(x, y) for x, y in zip(first(rows, [3, 1]), again(rows, [3, 1])))
     live = R.Table(teacher, "train", R.mean_pool, "off")
@@ -1039,7 +1073,7 @@ def test_cache_is_read_not_made_again(tmp_path, models, monkeypatch):
         assert torch.allclose(table(rows, [3, 1])[1].float(), torch.stack([R.mean_pool(hidden[3], mask), R.mean_pool(hidden[1], mask)], 1), atol=2e-3)
         assert torch.allclose(table(rows, [3, 1])[0], logits, atol=1e-5)
     assert first(rows, [])[1].shape == (3, 0, 16) and first(rows, [2])[0].dtype == torch.float32
-    assert first.parts[0]["pooled"].shape == (3, 50, 16) and first.parts[0]["pooled"].dtype == torch.float16
+    assert first.parts[0]["pooled"].shape == (4, 50, 16) and first.parts[0]["pooled"].dtype == torch.float16
 
 
 def test_a_changed_teacher_text_length_or_pooling_has_a_cache_of_its_own(tmp_path, models):
@@ -1052,8 +1086,11 @@ def test_a_changed_teacher_text_length_or_pooling_has_a_cache_of_its_own(tmp_pat
     teacher.texts["train"][0][5] += " not"
     make()
     teacher.model.classifier.bias.data += 1e-3
-    teacher.freeze()
-    make()
+    teacher.model.save_pretrained(tmp_path / "changed")
+    shutil.copy(Path(models[1]) / "vocab.txt", tmp_path / "changed")
+    changed = R.Side("teacher", str(tmp_path / "changed"), Namespace(texts=teacher.texts, names=["bad", "good"]), teacher.args)
+    assert changed.content != teacher.content
+    R.Table(changed, "train", R.mean_pool, tmp_path / "cache")
     words = (Path(models[1]) / "vocab.txt").read_text().split("\n")
     other = tmp_path / "other"                                              # the same weights, another tokenizer
     shutil.copytree(models[1], other)
@@ -1070,7 +1107,7 @@ def test_two_processes_do_what_one_does(tmp_path, models):
              write_table(tmp_path / "dev.csv", rows_of(51, seed=1))]
     shared = [*files, *calm_models(tmp_path, models), "--method", "rail-c", "--epochs", "2", "--lr", "0.001", "--seed", "3"]
     one = R.main([*shared, "--batch-size", "16", "--output-dir", str(tmp_path / "one")])
-    done = python("-m", "torch.distributed.run", "--nproc-per-node=2", str(HERE / "railkd.py"), *shared, "--batch-size", "8",
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "railkd.py"), *shared, "--batch-size", "8",
                   "--output-dir", str(tmp_path / "two"))
     assert done.returncode == 0 and done.stdout.count("epoch 2") == 1, done.stderr
     two = json.loads(next((tmp_path / "two").rglob("results.json")).read_text())
@@ -1111,7 +1148,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path, models):
     (tmp_path / "dying.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport railkd as R\n"
                                        "save = R.Table.__call__\ndef die(*args):\n    if R.RANK: raise SystemError('rank 1 dies')\n"
                                        "    return save(*args)\nR.Table.__call__ = die\nR.main(sys.argv[1:])\n")
-    done = python("-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "dying.py"), *files)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py"), *files)
     assert done.returncode != 0 and "rank 1 dies" in done.stderr and not [*tmp_path.rglob("results.json")]
 
 
@@ -1172,10 +1209,10 @@ def test_map_gives_rows_in_their_order(tmp_path, models):
     args, data = side_and_data(tmp_path, models, "--amp", "off")
     student = R.Side("student", args.student, data, args)
     rows = torch.tensor([7, 3, 40, 11])
-    together, pooled = student.map("validation", rows, R.mean_pool)
+    together, pooled = student.map("validation", rows, R.mean_pool, [1, 2])
     assert pooled.shape == (4, 2, 12)
     for i, row in enumerate(rows):
-        alone = student.map("validation", row[None], R.mean_pool)
+        alone = student.map("validation", row[None], R.mean_pool, [1, 2])
         assert torch.allclose(together[i], alone[0][0], atol=1e-5) and torch.allclose(pooled[i], alone[1][0], atol=1e-5)
     assert torch.allclose(student.map("validation")[0][rows], together, atol=1e-5)
 
@@ -1310,7 +1347,7 @@ def test_teacher_with_its_labels_in_another_order_is_refused(tmp_path, models, c
     root = make_glue(tmp_path / "hub", "sst2", ("negative", "positive"), ("train", "validation"))
     with pytest.raises(SystemExit) as stop:              # three labels are not two
         R.main(["--task", "sst2", "--data-root", root, *args[4:]])
-    assert stop.value.code == 2 and "knows 3 labels, the task has 2" in capsys.readouterr().err
+    assert stop.value.code == 2 and "has 3 labels, the task has 2" in capsys.readouterr().err
 
 
 def test_subset_of_the_training_data_does_not_depend_on_the_seed(tmp_path, models):
@@ -1331,7 +1368,7 @@ def test_a_run_that_learns_nothing_says_so_at_its_end(tmp_path, models, capsys):
 
 def test_warning_where_the_student_collapses(tmp_path, models, capsys, monkeypatch):
     values = iter([0.5, 0.94, 0.96])
-    monkeypatch.setattr(R, "watch", lambda *args: {"cosine_s": next(values)})
+    monkeypatch.setattr(R, "watch", lambda *args: ({"cosine_s": next(values, 0.0)}, 1.0))
     monkeypatch.setattr(R, "evaluate", lambda *args: {"accuracy": 0.1})
     assert R.main(command(tmp_path, models, "--method", "none"))["history"][1]["collapsed"]
     out = capsys.readouterr().out
@@ -1346,6 +1383,139 @@ def test_early_stopping_keeps_the_best(tmp_path, models, monkeypatch):
     monkeypatch.setattr(R, "save", lambda side, folder: saved.append(folder))
     results = R.main(command(tmp_path, models, "--method", "none", "--epochs", "9", "--patience", "3"))
     assert (results["best_epoch"], results["best_score"], results["last_score"]) == (2, 0.5, 0.3) and len(saved) == 2
+
+
+# ---------------------------------------------------------------------------------------------- CR-ILD and Pro-KD
+
+@pytest.mark.parametrize("method, more, rows", [                        # stage, CE, KD, ILD, MIX, mixing, temperature, teacher
+    ("none", [], [(1, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0)] * 3 + [(1, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1)] * 3),
+    ("kd", ["--temperature", "3"], [(1, 0.5, 0.5, 0.0, 0.0, 0.0, 3.0, 0)] * 3 + [(1, 0.5, 0.5, 0.0, 0.0, 0.0, 3.0, 1)] * 3),
+    ("rail-c", ["--weights", "2,1,4"], [(1, 2.0, 1.0, 4.0, 0.0, 0.0, 2.0, 0)] * 3 + [(1, 2.0, 1.0, 4.0, 0.0, 0.0, 2.0, 1)] * 3),
+    ("cr-ild", [], [(1, 0.0, 0.0, 1.0, 0.1, 1 / 3, 2.0, 0), (1, 0.0, 0.0, 1.0, 0.1, 2 / 3, 2.0, 0), (1, 0.0, 0.0, 1.0, 0.1, 1.0, 2.0, 1)]
+     + [(2, 0.0, 1.0, 0.0, 0.0, 0.0, 2.0, 1)] * 3),
+    ("pro-kd", ["--first-stage", "4"], [(1, 0.0, 1.0, 0.0, 0.0, 0.0, 7.0, 0), (1, 0.0, 1.0, 0.0, 0.0, 0.0, 5.0, 0),
+                                        (1, 0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 1), (1, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1)]
+     + [(2, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1)] * 2),
+    ("pro-kd", ["--max-temperature", "3", "--weights", "0.5,0.5,0"], [
+        (1, 0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0), (1, 0.0, 1.0, 0.0, 0.0, 0.0, 2.0, 0), (1, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1)]
+     + [(2, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0, 1)] * 3)])
+def test_schedule_epoch_by_epoch(method, more, rows):
+    """With two checkpoints of the teacher. Catches a stage, a temperature, a checkpoint or a weight off by one epoch."""
+    args = R.parse(["--task", "rte", "--method", method, "--epochs", "6", *more])[1]
+    args.device = torch.device("cpu")
+    objective = R.Objective(Namespace(model=torch.nn.Linear(1, 1)), None, [0, 1], None, args)
+    for epoch, expected in enumerate(rows, 1):
+        stage = objective.set_epoch(epoch)
+        seen = (stage, *objective.weights.tolist(), objective.mixing, objective.temperature, objective.table)
+        assert seen == pytest.approx(expected, abs=1e-6), epoch
+
+
+def test_mixed_inputs(tmp_path, models):
+    """Catches an unmixed text, the shares swapped, a mask of one text alone, token types that get lost."""
+    args, data = side_and_data(tmp_path, models, "--amp", "off")
+    for path in models[1], models[3]:
+        side, rows = R.Side("student", path, data, args), torch.tensor([3, 8, 21])
+        side.model.eval()
+        inputs = side.tokenizer.pad(side.encode("train")[0][rows.tolist()], return_tensors="pt")
+        words = side.model.get_input_embeddings()(inputs["input_ids"])
+        more = {k: inputs[k] for k in inputs if k == "token_type_ids" and k in side.takes}
+        expected = side.model(inputs_embeds=torch.stack([0.7 * words[i] + 0.3 * words[2 - i] for i in range(3)]), **more,
+                              attention_mask=inputs["attention_mask"].maximum(inputs["attention_mask"].flip(0)))
+        logits, hidden, mask = side("train", rows, 0.7)
+        assert torch.allclose(logits, expected.logits, atol=1e-6) and len(hidden) == side.blocks + 1
+        assert (mask.sum(1) == inputs["attention_mask"].sum(1).maximum(inputs["attention_mask"].sum(1).flip(0))).all()
+        assert torch.equal(side("train", rows)[0], side("train", rows, 1.0)[0]) == bool((mask == inputs["attention_mask"]).all())
+
+
+def test_consistency_is_applied(tmp_path, models):
+    """CR-ILD's published command never did: the term is not zero, it grows with the epoch, its gradient reaches the student."""
+    args, data = side_and_data(tmp_path, calm_models(tmp_path, models), "--method", "cr-ild", "--epochs", "8")
+    student, teacher = (R.Side(role, vars(args)[role], data, args) for role in ("student", "teacher"))
+    ild = R.make_loss(student, teacher, args)
+    ild.fit([(*student("train", torch.arange(30))[1:], *teacher("train", torch.arange(30))[1:])])
+    objective = R.Objective(student, data.labels["train"], [R.Table(teacher, "train", R.mean_pool, "off")], ild, args)
+    seen = []
+    for epoch in (1, 4, 5):
+        objective.set_epoch(epoch)
+        torch.manual_seed(0)
+        loss, ce, kd, inter, mix = objective(torch.arange(16))
+        assert loss.item() == pytest.approx((inter + 0.1 * mix if epoch < 5 else kd).item(), rel=1e-6)
+        seen.append(mix.item())
+        if epoch == 4:
+            student.model.zero_grad()
+            mix.backward()
+            assert student.model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert 0 < seen[0] == pytest.approx(seen[1] / 4) and seen[2] == 0
+
+
+def test_pro_kd_follows_the_teacher(tmp_path, models, monkeypatch, capsys):
+    """Each checkpoint in training order, then labels alone from the best of the first stage; the last stage selects and stops."""
+    from safetensors.torch import load_file
+    args = command(tmp_path, models, "--method", "pro-kd", "--teacher-epochs", "3", "--epochs", "9", "--first-stage", "4",
+                   "--patience", "1")
+    scores = iter([0.1, 0.2, 0.15, 0.9, 0.5, 0.6, 0.4, 0.4, 0.3, 0.2])     # 3 of the teacher's epochs, the teacher, the student
+    kept, read, set_epoch, batches = {}, [], R.Objective.set_epoch, R.batches
+
+    def spy(self, epoch):
+        kept["model"], stage = self.model, set_epoch(self, epoch)
+        if self.table:
+            read.append((stage, Path(self.table.teacher.title.split(" (")[0]).name, round(self.temperature, 3)))
+        return stage
+
+    def spy_batches(lengths, size, seed, epoch):
+        if epoch == 5:
+            best = load_file(tmp_path / "runs" / "own" / "pro-kd-seed42" / "model" / "model.safetensors")
+            kept["same"] = [torch.equal(best[name], value) for name, value in kept["model"].state_dict().items()]
+        return batches(lengths, size, seed, epoch)
+    monkeypatch.setattr(R, "evaluate", lambda predict, data: {"accuracy": next(scores)})
+    monkeypatch.setattr(R, "batches", spy_batches)
+    monkeypatch.setattr(R.Objective, "set_epoch", spy)
+    results = R.main(args)
+    assert "3 checkpoint(s) of the teacher" in capsys.readouterr().out
+    assert read[:4] == [(1, "epoch-001", 7.0), (1, "epoch-001", 5.0), (1, "epoch-002", 3.0), (1, "epoch-003", 1.0)]
+    assert {stage for stage, *_ in read[4:]} == {2} and kept["same"] and all(kept["same"])
+    assert [row["score"] for row in results["history"]] == [0.5, 0.6, 0.4, 0.4, 0.3, 0.2]
+    assert (results["best_epoch"], results["best_score"]) == (5, 0.3)
+    folder = next((tmp_path / "runs" / "own").glob("teacher-*"))
+    kept = [load_file(folder / name / "model.safetensors")["classifier.weight"] for name in ("epoch-001", "epoch-002", "model")]
+    assert torch.equal(kept[1], kept[2]) and not torch.equal(kept[0], kept[1])     # the best of the teacher's was its second
+
+
+def test_pro_kd_with_other_teachers(tmp_path, models, capsys):
+    """One checkpoint: Annealing-KD; a list of folders; one without a head in it; regression."""
+    teachers = [str(tmp_path / f"teacher{i}") for i in (1, 2)]
+    for i, path in enumerate(teachers):
+        (tmp_path / "calm").exists() and shutil.rmtree(tmp_path / "calm"), (tmp_path / "sure").exists() and shutil.rmtree(tmp_path / "sure")
+        calm_models(tmp_path, models)
+        (tmp_path / "sure").rename(path)
+    args = command(tmp_path, models, "--method", "pro-kd")
+    one = R.main([*args, "--teacher", teachers[0], "--teacher-labels", "bad,good"])
+    assert "1 checkpoint(s) of the teacher: Annealing-KD" in capsys.readouterr().out and len(one["history"]) == 2
+    R.main([*args, "--teacher", ",".join(teachers), "--teacher-labels", "bad,good", "--overwrite"])
+    assert "2 checkpoint(s) of the teacher\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        R.main([*args, "--teacher", f"{models[1]},{teachers[0]}", "--teacher-labels", "bad,good", "--overwrite"])
+    assert stop.value.code == 2 and "has no head for the task" in capsys.readouterr().err
+    files = [write_table(tmp_path / f"{x}.csv", {"text": rows_of(40)["text"], "label": [i / 7 for i in range(40)]}) for x in "ab"]
+    results = R.main(["--train-file", files[0], "--validation-file", files[1], *models, "--method", "pro-kd", "--epochs", "2",
+                      "--teacher-epochs", "1", "--output-dir", str(tmp_path / "regression")])
+    assert results["metric"] == "pearson" and results["history"][0]["loss"] == pytest.approx(results["history"][0]["kd"])
+
+
+@pytest.mark.parametrize("more, words", [(["--epochs", "1"], "has two stages"), (["--first-stage", "2"], "has two stages"),
+                                         (["--first-stage", "0"], "not 1 number(s) within"), (["--max-temperature", "0.5"], "within [1")])
+def test_mistakes_in_stages(tmp_path, models, capsys, more, words):
+    with pytest.raises(SystemExit) as stop:
+        R.main(command(tmp_path, models, "--method", "cr-ild", *more))
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_student_without_inputs_embeds_is_refused(tmp_path, models, monkeypatch, capsys):
+    from transformers import DistilBertForSequenceClassification as Model
+    monkeypatch.setattr(Model, "forward", lambda self, input_ids, attention_mask: None)
+    with pytest.raises(SystemExit) as stop:
+        R.main(command(tmp_path, models, "--method", "cr-ild"))
+    assert stop.value.code == 2 and "takes no inputs_embeds" in capsys.readouterr().err
 
 
 def test_report(tmp_path, capsys):
@@ -1474,7 +1644,7 @@ def test_label_names_come_back_as_they_were(tmp_path, models):
     ("weights cut off", "cannot load the teacher"), ("config cut off", "not a valid JSON"), ("no weights", "model.safetensors"),
     ("code in a pickle", "cannot load the teacher"), ("vision", "ViTConfig"), ("no encoder", "cannot load the teacher"),
     ("no tokenizer", "cannot load the teacher"),
-    ("another head", "knows 3 labels, the task has 2"), ("a file", "cannot load the teacher"), ("nothing", "HF_HUB_OFFLINE")])
+    ("another head", "has 3 labels, the task has 2"), ("a file", "cannot load the teacher"), ("nothing", "HF_HUB_OFFLINE")])
 def test_mistakes_in_models(tmp_path, models, capsys, what, message):
     import transformers as hub
     folder = tmp_path / "model"
