@@ -367,7 +367,7 @@ def load_splits(args):                                              # {"train": 
     splits, kinds = {}, {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
     for split, path in (("train", args.train_file), ("validation", args.validation_file)):
         kind = {**kinds, ".parquet": "parquet"}.get(Path(path).suffix.lower())
-        need(kind and Path(path).is_file(), f"{path} is no csv, tsv, json, jsonl or parquet file")
+        need(kind and os.path.getsize(path), f"{path} is empty or no csv, tsv, json, jsonl, parquet file")
         csv = {"keep_default_na": False, "sep": "\t" if path.lower().endswith("tsv") else ","}
         splits[split] = load_dataset(kind, data_files=path, split="train", **(csv if kind == "csv" else {}))
     return splits
