@@ -754,8 +754,7 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
             need(sorted(args.teacher_labels) == sorted(data.names or []),
                  f"--teacher-labels: name each of the task's labels once, they are {data.names}")
             side.order = [args.teacher_labels.index(name) for name in data.names]
-    pool = POOLINGS[METHODS[args.method][2]]
-    cache = args.teacher_cache or Path(args.output_dir, "teacher-cache")
+    pool, cache = POOLINGS[METHODS[args.method][2]], args.teacher_cache or f"{args.output_dir}/teacher-cache"
     tables = {split: Table(teacher, split, pool, cache) for split in data.dev}
     answers = {x: table(torch.arange(len(data.labels[x])), ())[0].cpu() for x, table in tables.items()}
     metrics = evaluate(answers.get, data)
@@ -892,6 +891,7 @@ def set_up(args):                                 # device, precision, quiet lib
     if WORLD > 1:
         torch.distributed.init_process_group("gloo" if args.device.type == "cpu" else "cpu:gloo,cuda:nccl")
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
+    torch.set_num_threads(1 if gpu else torch.get_num_threads())    # threads that wait cost more than they do
     bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]

@@ -1146,8 +1146,8 @@ def test_a_process_that_dies_ends_the_run(tmp_path, models):
     """Catches a run that hangs; the error is shown."""
     files = command(tmp_path, models)
     (tmp_path / "dying.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport railkd as R\n"
-                                       "save = R.Table.__call__\ndef die(*args):\n    if R.RANK: raise SystemError('rank 1 dies')\n"
-                                       "    return save(*args)\nR.Table.__call__ = die\nR.main(sys.argv[1:])\n")
+                                       "load = R.load_data\ndef die(*args):\n    if R.RANK: raise SystemError('rank 1 dies')\n"
+                                       "    return load(*args)\nR.load_data = die\nR.main(sys.argv[1:])\n")
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py"), *files)
     assert done.returncode != 0 and "rank 1 dies" in done.stderr and not [*tmp_path.rglob("results.json")]
 
