@@ -838,7 +838,7 @@ def distil(args, folder, config):                                   # from the d
     print(f"student  {student.title}\n"
           f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
           f"{data.metrics[0]} on {data.dev[0]} selects the epoch\n"
-          f"method   {folder.name}; layers {pairs}; CE KD ILD {weights}\n"
+          f"method   {folder.name}; layers {pairs}; CE KD ILD MIX {weights}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
           f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
     for name in ["checkpoint.pt", "results.json"] * (RANK == 0 and (folder / "results.json").exists()):

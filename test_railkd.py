@@ -1427,14 +1427,15 @@ def test_mixed_inputs(tmp_path, models):
         assert torch.equal(side("train", rows)[0], side("train", rows, 1.0)[0]) == bool((mask == inputs["attention_mask"]).all())
 
 
-def test_consistency_is_applied(tmp_path, models):
+def test_consistency_is_applied(tmp_path, models, monkeypatch):
     """CR-ILD's published command never did: the term is not zero, it grows with the epoch, its gradient reaches the student."""
     args, data = side_and_data(tmp_path, calm_models(tmp_path, models), "--method", "cr-ild", "--epochs", "8")
     student, teacher = (R.Side(role, vars(args)[role], data, args) for role in ("student", "teacher"))
     ild = R.make_loss(student, teacher, args)
     ild.fit([(*student("train", torch.arange(30))[1:], *teacher("train", torch.arange(30))[1:])])
     objective = R.Objective(student, data.labels["train"], [R.Table(teacher, "train", R.mean_pool, "off")], ild, args)
-    seen = []
+    seen, shares, call = [], [], R.Side.__call__
+    monkeypatch.setattr(R.Side, "__call__", lambda self, split, rows, share=None: shares.append(share) or call(self, split, rows, share))
     for epoch in (1, 4, 5):
         objective.set_epoch(epoch)
         torch.manual_seed(0)
@@ -1442,10 +1443,20 @@ def test_consistency_is_applied(tmp_path, models):
         assert loss.item() == pytest.approx((inter + 0.1 * mix if epoch < 5 else kd).item(), rel=1e-6)
         seen.append(mix.item())
         if epoch == 4:
+            torch.manual_seed(0)
+            share = 0.5 + abs(torch.rand(()).item() - 0.5)
+            both = [ild.pool("s", *student("train", torch.arange(16), x)[1:]) for x in (share, None)]
+            assert mix.item() == pytest.approx(R.mixup_loss(*both, share).item(), rel=1e-5)
             student.model.zero_grad()
             mix.backward()
             assert student.model.get_input_embeddings().weight.grad.abs().sum() > 0
     assert 0 < seen[0] == pytest.approx(seen[1] / 4) and seen[2] == 0
+    objective.set_epoch(1)
+    shares.clear()
+    for _ in range(60):
+        objective(torch.arange(2))
+    shares = [share for share in shares if share is not None]          # max(b, 1 - b), b uniform: between 1/2 and 1
+    assert len(shares) == 60 and 0.5 <= min(shares) < 0.55 and 0.95 < max(shares) <= 1
 
 
 def test_pro_kd_follows_the_teacher(tmp_path, models, monkeypatch, capsys):
@@ -1467,6 +1478,9 @@ def test_pro_kd_follows_the_teacher(tmp_path, models, monkeypatch, capsys):
             best = load_file(tmp_path / "runs" / "own" / "pro-kd-seed42" / "model" / "model.safetensors")
             kept["same"] = [torch.equal(best[name], value) for name, value in kept["model"].state_dict().items()]
         return batches(lengths, size, seed, epoch)
+    rates, stepped = [], R.Position.stepped
+    monkeypatch.setattr(R.Position, "stepped", lambda self, *more: rates.append(self.parts["schedule"].get_last_lr()[0])
+                        or stepped(self, *more))
     monkeypatch.setattr(R, "evaluate", lambda predict, data: {"accuracy": next(scores)})
     monkeypatch.setattr(R, "batches", spy_batches)
     monkeypatch.setattr(R.Objective, "set_epoch", spy)
@@ -1476,12 +1490,48 @@ def test_pro_kd_follows_the_teacher(tmp_path, models, monkeypatch, capsys):
     assert {stage for stage, *_ in read[4:]} == {2} and kept["same"] and all(kept["same"])
     assert [row["score"] for row in results["history"]] == [0.5, 0.6, 0.4, 0.4, 0.3, 0.2]
     assert (results["best_epoch"], results["best_score"]) == (5, 0.3)
+    rates = rates[12:]                                                  # after the teacher's 3 epochs of 4 steps
+    assert rates[15] == 0 < rates[16] < rates[17] > rates[18] and max(rates[:16]) == pytest.approx(2e-5, rel=0.05)
     folder = next((tmp_path / "runs" / "own").glob("teacher-*"))
     kept = [load_file(folder / name / "model.safetensors")["classifier.weight"] for name in ("epoch-001", "epoch-002", "model")]
     assert torch.equal(kept[1], kept[2]) and not torch.equal(kept[0], kept[1])     # the best of the teacher's was its second
 
 
-def test_pro_kd_with_other_teachers(tmp_path, models, capsys):
+def test_cr_ild_goes_on_from_the_end_of_its_first_stage(tmp_path, models, monkeypatch):
+    """Which has trained no head, so that no epoch of it is the best; catches a return to an earlier one."""
+    from safetensors.torch import load_file
+    kept, set_epoch, batches, scores = {}, R.Objective.set_epoch, R.batches, iter([0.9, 0.9, 0.8, 0.1, 0.2, 0.3])
+
+    def spy(lengths, size, seed, epoch):
+        if epoch == 3:
+            best = load_file(tmp_path / "runs" / "own" / "cr-ild-seed42" / "model" / "model.safetensors")
+            kept["same"] = [torch.equal(best[name], value) for name, value in kept["model"].state_dict().items()]
+        return batches(lengths, size, seed, epoch)
+    monkeypatch.setattr(R, "evaluate", lambda predict, data: {"accuracy": next(scores)})
+    monkeypatch.setattr(R, "batches", spy)
+    monkeypatch.setattr(R.Objective, "set_epoch", lambda self, epoch: kept.update(model=self.model) or set_epoch(self, epoch))
+    assert R.main(command(tmp_path, models, "--method", "cr-ild", "--epochs", "4"))["best_epoch"] == 4
+    assert not all(kept["same"])
+
+
+@pytest.mark.parametrize("method", ["rail-l", "cr-ild"])
+def test_the_run_fits_on_the_layers_in_use(tmp_path, models, monkeypatch, method):
+    """Catches a start on other layers than those that are trained, on other rows for one side."""
+    args, data = side_and_data(tmp_path, calm_models(tmp_path, models), "--method", method)
+    student, seen, fit = R.Side("student", args.student, data, args), [], R.Distance.fit
+    monkeypatch.setattr(R.Distance, "fit", lambda self, *more: seen.append(more) or fit(self, *more))
+    args.data = "data"
+    teacher, _, _, ild = R.prepare_teacher(student, data, args, tmp_path / "work")
+    (pooled_s, pooled_t, chances), rows = seen[0], torch.tensor(random.Random("ridge").sample(range(120), 120))[:9]
+    with torch.no_grad():
+        for side, pooled, layers in (student, pooled_s, ild.layers_s), (teacher, pooled_t, ild.all_t):
+            _, hidden, mask = side("train", rows)
+            expected = torch.stack([R.mean_pool(hidden[layer], mask) for layer in layers], 1)
+            assert len(pooled) == 120 and torch.allclose(pooled[:9].float(), expected, atol=2e-3)
+    assert chances.shape == (len(ild.layers_s), len(ild.all_t)) and torch.allclose(chances.sum(1), torch.ones(len(chances)))
+
+
+def test_pro_kd_with_other_teachers(tmp_path, models, monkeypatch, capsys):
     """One checkpoint: Annealing-KD; a list of folders; one without a head in it; regression."""
     teachers = [str(tmp_path / f"teacher{i}") for i in (1, 2)]
     for i, path in enumerate(teachers):
@@ -1491,7 +1541,12 @@ def test_pro_kd_with_other_teachers(tmp_path, models, capsys):
     args = command(tmp_path, models, "--method", "pro-kd")
     one = R.main([*args, "--teacher", teachers[0], "--teacher-labels", "bad,good"])
     assert "1 checkpoint(s) of the teacher: Annealing-KD" in capsys.readouterr().out and len(one["history"]) == 2
-    R.main([*args, "--teacher", ",".join(teachers), "--teacher-labels", "bad,good", "--overwrite"])
+    orders, set_epoch = [], R.Objective.set_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(R.Objective, "set_epoch", lambda self, epoch: orders.append(
+            [table.teacher.order for table in self.tables]) or set_epoch(self, epoch))
+        R.main([*args, "--teacher", ",".join(teachers), "--teacher-labels", "good,bad", "--overwrite"])
+    assert orders == [[[1, 0], [1, 0]]] * 2
     assert "2 checkpoint(s) of the teacher\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         R.main([*args, "--teacher", f"{models[1]},{teachers[0]}", "--teacher-labels", "bad,good", "--overwrite"])
