@@ -859,8 +859,6 @@ def distil(args, folder, config):                                   # from the d
         (folder / "results.partial").rename(folder / "results.json")
         (folder / "checkpoint.pt").unlink()
     gather()
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
 
 def report(folder):                                                 # of finished runs: mean ± std over seeds
     from statistics import mean, stdev
@@ -998,3 +996,5 @@ if __name__ == "__main__":
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, on_signal)
     main()
+    if WORLD > 1:
+        os._exit(sys.stdout.flush() or 0)                           # torch's threads may abort a normal end
