@@ -813,7 +813,7 @@ def run(args):                                                      # a finished
                   f"parameters, answers {results[f'speed_{side[0]}']:.0f} examples/s")
             if score <= results["floor"] + 0.01 or side == "student" and results["collapsed"]:
                 print(f"WARNING: the {side} has learned nothing: majority baseline {results['floor']:.4f}" +
-                      ", its states are all alike" * results["collapsed"])
+                      ", its states are all alike" * (results["collapsed"] and side == "student"))
     print(f"epoch {results['best_epoch']} is in {results['model']}; to run it anew: --overwrite", flush=True)
     return results
 

@@ -647,6 +647,11 @@ def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
     first = R.main(args)
     assert R.main(args) == json.loads(json.dumps(first))
     assert first["model"] in capsys.readouterr().out
+    path = Path(first["model"]).parent / "results.json"
+    path.write_text(json.dumps({**first, "collapsed": True, "floor": 1.0}))
+    R.main(args)
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if "has learned nothing" in line]
+    assert ["all alike" in line for line in verdicts] == [False, True]      # the teacher, the student
     with pytest.raises(SystemExit) as stop:
         R.main([*args, "--lr", "0.001"])
     assert stop.value.code == 2 and "lr" in capsys.readouterr().err
