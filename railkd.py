@@ -52,7 +52,7 @@ def select_layers(name, num_layers, k, seed=0, epoch=0):
     for "final" the last block. ValueError for an unknown name and for more slots than layers."""
     if name not in SELECTIONS:
         raise ValueError(f"unknown selection {name!r}, known: {', '.join(SELECTIONS)}")
-    draw = sample_layers(num_layers, k, seed, epoch)
+    draw = name != "final" and sample_layers(num_layers, k, seed, epoch)
     skip = [i * num_layers // (k + 1) for i in range(1, k + 1)]     # 2, 4, .., 10 of 12; 4, 8, .., 20 of 24
     return {"random": draw, "skip": skip, "last": list(range(num_layers - k, num_layers)),
             "reverse": skip[::-1], "middle": [num_layers // 2] * k, "all": list(range(1, num_layers)),
@@ -103,8 +103,8 @@ class Distance(nn.Module):
                  teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None, num_examples=None):
         super().__init__()
         self.bias, self.start, self.num_pieces = bias, start, (n := num_pieces or num_slots)
-        alpha = torch.as_tensor([1.0] * n if alpha is None else alpha).float()
-        if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen") or len(alpha) != n:
+        a = torch.as_tensor([1.0] * n if alpha is None else alpha).float()
+        if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen") or a.shape != (n,):
             raise ValueError(f"no such start, teacher_proj or alpha: {start!r}, {teacher_proj!r}, {alpha}")
         self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
         widths_s, widths_t = ([piece.shape[1] for piece in self.pieces(torch.empty(1, *shape))]
@@ -118,7 +118,7 @@ class Distance(nn.Module):
             nn.ModuleList(nn.Linear(*x, bias) for x in zip(ins, widths)) for ins in (widths_s, widths_t))
         if self.proj_t is not None:
             self.proj_t.requires_grad_(teacher_proj == "trained")
-        self.register_buffer("alpha", alpha)
+        self.register_buffer("alpha", a)
         self.register_buffer("fitted", torch.tensor(False))         # in the state dict: fit was called
         self._ready = start == "random"                             # spares a GPU a look at it in every step
     def pieces(self, pooled):
@@ -139,9 +139,8 @@ class Distance(nn.Module):
             return self.term(*self.project(pooled_s, pooled_t), index=index, labels=labels)
     @torch.no_grad()
     def fit(self, pooled_s, pooled_t, chances=None):
-        """The ridge start: the student's map goes to the ridge solution towards the expected unit target.
-        pooled_s (N, m, d_s); pooled_t (N, K, d_t), all layers that can be drawn; chances (k, K): how likely
-        layer l is the i-th vector of a training step (default: always just these)."""
+        """Ridge start of proj_s, to the unit targets. pooled_s (N, m, d_s); pooled_t (N, K, d_t), all layers
+        that can be drawn; chances (k, K) that layer l is the i-th vector of a step (default: just these)."""
         if self.start == "random" or self.proj_s is None:
             return
         chances = (torch.eye(self.shape_t[0]) if chances is None else chances).to(pooled_t.device)
@@ -185,9 +184,8 @@ class GroupDistance(Distance):
     mapped up to the width of its concatenated group, as in the released code (the paper: down)."""
 
 class AttentionDistance(Distance):
-    """ALP-KD (Passban et al., 2021): mean squared error of each slot and its own mix of the teacher's layers.
-    a_ik = softmax_k <s_i, t_k>, target_i = sum_k a_ik t_k; products unscaled, as in the original (recalled).
-    `weights` (B, m, k): a of the last call."""
+    """ALP-KD (Passban et al., 2021): mean squared error of s_i and sum_k a_ik t_k, a_ik = softmax_k of
+    <s_i, t_k> unscaled, as in the original (recalled). `weights` (B, m, k): a of the last call."""
     def pieces(self, pooled):
         return list(pooled.float().unbind(1))
     def term(self, z_s, z_t, index=None, labels=None):
@@ -499,7 +497,7 @@ class Table:
         for path in missing[RANK::WORLD]:                           # processes take them in turn
             bar = f"teacher reads {split} from {path.stem}"
             logits, pooled = teacher.map(split, paths[path], pool, layers, bar)
-            pooled = pooled.clamp(-65504, 65504).half().transpose(0, 1).contiguous()        # (n, rows, d_t)
+            pooled = pooled[:, :len(layers)].clamp(-65504, 65504).half().transpose(0, 1).contiguous()
             store({"logits": logits.cpu(), "pooled": pooled.cpu()}, path)
         gather()                                                    # now all are there
         self.parts = [load(path, mmap=True) for path in paths]
@@ -537,8 +535,8 @@ class Objective(nn.Module):
         past, stage = min(epoch, first) - 1, 1 + (epoch > first)
         self.temperature = 1 + (top - 1) * (1 - past / max(1, first - 1)) if top else args.temperature
         self.table = self.tables and self.tables[past * len(self.tables) // first]
-        self.weights = torch.tensor(args.stages[stage - 1]).to(args.device)
-        self.mixing = epoch / first if args.stages[stage - 1][3] else 0.0
+        self.weights = args.stages[stage - 1]
+        self.mixing = epoch / first if self.weights[3] else 0.0
         if self.ild:
             self.ild.set_epoch(epoch)
         return stage
@@ -558,8 +556,8 @@ class Objective(nn.Module):
             share = 0.5 + abs(torch.rand(()).item() - 0.5)          # max(b, 1 - b), b of Beta(1, 1)
             mixed = self.ild.pool("s", *self.student("train", rows, share)[1:])
             mix = self.mixing * mixup_loss(mixed, pooled_s, share)  # grows with the epoch
-        terms = torch.stack([ce, kd, inter, mix])
-        return torch.cat([(self.weights * terms).sum()[None], terms])
+        terms = ce, kd, inter, mix                                  # of weight 0: without a gradient
+        return torch.stack([sum(w * x for w, x in zip(self.weights, terms) if w), *map(torch.detach, terms)])
 
 class Position:
     """Where training stands, in checkpoint.pt. Made anew in the same folder, it goes on from there."""
@@ -618,7 +616,7 @@ def train(student, data, args, folder, tables=None, ild=None, keep=False):
     first, steps = (n * math.ceil(len(labels) / size) for n in (args.first_stage, args.epochs))
     def rate(step):                                                 # each stage warms up, then falls to 0
         done, total = (step, first) if step < first or first == steps else (step - first, steps - first)
-        return min(done / max(1, args.warmup * total), (total - done) / max(1, (1 - args.warmup) * total))
+        return done / w if done < (w := round(args.warmup * total)) else (total - done) / max(1, total - w)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     before, start = watch(student, tables, ild, data)[0]["cosine_s"], time.monotonic()
@@ -734,7 +732,7 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
     torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
     teacher = Side("teacher", str(folder / "model") if made else last, data, args)
     ild = make_loss(student, teacher, args) if any(stage[2] for stage in args.stages) else None
-    if not teacher.ready:
+    if not teacher.ready and not earlier:
         print(f"teacher  {teacher.title} has no head for the task: fine-tuned first for {folder}", flush=True)
         tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
                   "seed": args.teacher_seed, "stages": WEIGHTS["none"], "grad_accumulation": 1,
@@ -800,6 +798,7 @@ def run(args):                                                      # a finished
     folder, config = Path(args.output_dir, args.task, name), settings(args)
     *models, own = [os.path.realpath(x) for x in (*args.teacher.split(","), args.student)]
     need(args.method == "none" or own not in models, "teacher and student are one and the same model")
+    need(args.method == "pro-kd" or not (args.max_temperature or models[1:]), "several teachers: only pro-kd")
     need(not {os.path.realpath(x) for x in (args.output_dir, folder, folder / "model")} & {*models, own},
          f"{folder} is where results go: the teacher and the student must lie elsewhere")
     if args.overwrite or not (folder / "results.json").exists():
@@ -886,7 +885,7 @@ def set_up(args):                                 # device, precision, quiet lib
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from error
     torch.cuda.set_device(args.device if args.device.type == "cuda" else -1)        # -1: nothing
-    if WORLD > 1:
+    if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if args.device.type == "cpu" else "cpu:gloo,cuda:nccl")
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     torch.set_num_threads(1 if gpu else torch.get_num_threads())    # threads that wait cost more than they do
@@ -970,7 +969,8 @@ def parse(argv=None):
     if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
         parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
     args.task, args.version = args.task or "own", 3                 # of what is written
-    *before, last = WEIGHTS.get(args.method if not args.distance or METHODS[args.method][1] else "", THIRDS)
+    *before, last = WEIGHTS.get(args.method, THIRDS)
+    last = THIRDS[0] if args.distance and not METHODS[args.method][1] else last
     args.weights = args.weights or last[:3]
     args.stages = [*before, (*args.weights, 0.0)]
     args.first_stage = (args.first_stage or args.epochs // 2) if before else args.epochs

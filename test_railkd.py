@@ -398,7 +398,7 @@ def test_ridge_must_be_fitted_and_random_must_not(name):
     copy = R.DISTANCES[name](D_S, D_T, M, **options)
     copy.load_state_dict(distance.state_dict())
     assert copy.fitted and torch.isfinite(copy(s, t, **more))
-    for bad in ({"start": "ridgid"}, {"teacher_proj": "thawed"}, {"alpha": [1.0] * (M + 1)}):
+    for bad in ({"start": "ridgid"}, {"teacher_proj": "thawed"}, {"alpha": [1.0] * (M + 1)}, {"alpha": 2.0}):
         with pytest.raises(ValueError):
             R.DISTANCES[name](D_S, D_T, M, **options, **bad)
 
@@ -1411,7 +1411,7 @@ def test_schedule_epoch_by_epoch(method, more, rows):
     objective = R.Objective(Namespace(model=torch.nn.Linear(1, 1)), None, [0, 1], None, args)
     for epoch, expected in enumerate(rows, 1):
         stage = objective.set_epoch(epoch)
-        seen = (stage, *objective.weights.tolist(), objective.mixing, objective.temperature, objective.table)
+        seen = (stage, *objective.weights, objective.mixing, objective.temperature, objective.table)
         assert seen == pytest.approx(expected, abs=1e-6), epoch
 
 
@@ -1446,6 +1446,9 @@ def test_consistency_is_applied(tmp_path, models, monkeypatch):
         torch.manual_seed(0)
         loss, ce, kd, inter, mix = objective(torch.arange(16))
         assert loss.item() == pytest.approx((inter + 0.1 * mix if epoch < 5 else kd).item(), rel=1e-6)
+        student.model.zero_grad()
+        loss.backward()                                                 # the head, untrained, has no moments yet
+        assert (student.model.classifier.weight.grad is None) == (epoch < 5)
         seen.append(mix.item())
         if epoch == 4:
             torch.manual_seed(0)
@@ -1453,7 +1456,8 @@ def test_consistency_is_applied(tmp_path, models, monkeypatch):
             both = [ild.pool("s", *student("train", torch.arange(16), x)[1:]) for x in (share, None)]
             assert mix.item() == pytest.approx(R.mixup_loss(*both, share).item(), rel=1e-5)
             student.model.zero_grad()
-            mix.backward()
+            objective.weights = (0.0, 0.0, 0.0, 1.0)
+            objective(torch.arange(16))[0].backward()
             assert student.model.get_input_embeddings().weight.grad.abs().sum() > 0
     assert 0 < seen[0] == pytest.approx(seen[1] / 4) and seen[2] == 0
     objective.set_epoch(1)
@@ -1553,17 +1557,20 @@ def test_pro_kd_with_other_teachers(tmp_path, models, monkeypatch, capsys):
         R.main([*args, "--teacher", ",".join(teachers), "--teacher-labels", "good,bad", "--overwrite"])
     assert orders == [[[1, 0], [1, 0]]] * 2
     assert "2 checkpoint(s) of the teacher\n" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        R.main([*args, "--teacher", f"{models[1]},{teachers[0]}", "--teacher-labels", "bad,good", "--overwrite"])
-    assert stop.value.code == 2 and "has no head for the task" in capsys.readouterr().err
+    for pair in ((models[1], teachers[0]), (teachers[0], models[1])):
+        with pytest.raises(SystemExit) as stop:
+            R.main([*args, "--teacher", ",".join(pair), "--teacher-labels", "bad,good", "--overwrite"])
+        assert stop.value.code == 2 and "has no head for the task" in capsys.readouterr().err
     files = [write_table(tmp_path / f"{x}.csv", {"text": rows_of(40)["text"], "label": [i / 7 for i in range(40)]}) for x in "ab"]
     results = R.main(["--train-file", files[0], "--validation-file", files[1], *models, "--method", "pro-kd", "--epochs", "2",
                       "--teacher-epochs", "1", "--output-dir", str(tmp_path / "regression")])
     assert results["metric"] == "pearson" and results["history"][0]["loss"] == pytest.approx(results["history"][0]["kd"])
 
 
-@pytest.mark.parametrize("more, words", [(["--epochs", "1"], "has two stages"), (["--first-stage", "2"], "has two stages"),
-                                         (["--first-stage", "0"], "not 1 number(s) within"), (["--max-temperature", "0.5"], "within [1")])
+@pytest.mark.parametrize("more, words", [
+    (["--method", "kd", "--teacher", "a,b"], "several teachers: only pro-kd"),
+    (["--method", "kd", "--max-temperature", "5"], "only pro-kd"), (["--epochs", "1"], "has two stages"), (["--first-stage", "2"], "has two stages"),
+    (["--first-stage", "0"], "not 1 number(s) within"), (["--max-temperature", "0.5"], "within [1")])
 def test_mistakes_in_stages(tmp_path, models, capsys, more, words):
     with pytest.raises(SystemExit) as stop:
         R.main(command(tmp_path, models, "--method", "cr-ild", *more))
