@@ -610,12 +610,27 @@ def command(tmp_path, models, *more):
 
 
 @pytest.fixture(scope="module")
+def beside(tmp_path_factory, models):
+    """Whole commands that run beside the tests from their first request on: the toy task, a process that dies."""
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "dying.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport railkd as R\n"
+                                     "load = R.load_data\ndef die(*args):\n    if R.RANK: raise SystemError('rank 1 dies')\n"
+                                     "    return load(*args)\nR.load_data = die\nR.main(sys.argv[1:])\n")
+    with ThreadPoolExecutor(1) as pool:
+        yield folder, {
+            "toy": pool.submit(python, str(HERE / "railkd.py"), "--task", "toy", "--max-train-examples", "200", "--epochs", "1",
+                               "--teacher-epochs", "1", "--output-dir", str(folder)),
+            "dying": pool.submit(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(folder / "dying.py"),
+                                 *command(folder, models))}
+
+
+@pytest.fixture(scope="module")
 def one_teacher(tmp_path_factory):
     return tmp_path_factory.mktemp("one_teacher")
 
 
 @pytest.mark.parametrize("method", R.METHODS)
-def test_every_method_runs(one_teacher, models, method):
+def test_every_method_runs(one_teacher, models, method, beside):
     tmp_path = one_teacher                               # fine-tuned by the first of them
     results = R.main(command(tmp_path, models, "--method", method, "--epochs", "4"))     # seed 42: the fourth draw differs
     assert {"task", "method", "seed", "metric", "best_score", "best_epoch", "last_score", "teacher_score", "config",
@@ -699,8 +714,7 @@ def kill_at(monkeypatch, phase, epoch, step, name="stepped"):
 @pytest.mark.parametrize("phase, method, epoch, step, minutes", [
     ("teacher", "rail-c", 2, 4, "0"), ("student", "rail-c", 2, 2, "0"),
     ("student", "codir", 2, 2, "0"), ("student", "codir", 3, 3, "9"),
-    ("student", "cr-ild", 1, 2, "0"), ("student", "pro-kd", 1, 3, "0"), ("student", "pro-kd", 2, 2, "0"),
-    ("student", "pro-kd", 3, 1, "9")])
+    ("student", "cr-ild", 1, 2, "0"), ("student", "pro-kd", 1, 3, "0"), ("student", "pro-kd", 2, 2, "0")])
 def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, monkeypatch, method, phase, epoch, step, minutes):
     """Catches a random state, a memory bank, a schedule, a best score, a sum of losses that is lost."""
     args = command(tmp_path, models, "--method", method, "--teacher-epochs", "2", "--epochs", "3", "--lr", "0.003",
@@ -1004,8 +1018,8 @@ def losses(tmp_path, models, *more):
     return torch.stack(seen).detach()
 
 
-@pytest.mark.parametrize("method", ["rail-l", "rail-c", "pkd-skip", "alp-kd", "kd"])
-@pytest.mark.parametrize("same", [True, False], ids=["one tokenizer", "two tokenizers"])
+@pytest.mark.parametrize("method, same", [("rail-c", True), ("rail-l", False), ("rail-c", False), ("pkd-skip", False), ("alp-kd", False),
+                                          ("kd", False)])               # same: one tokenizer for both
 def test_cache_gives_what_the_teacher_says(tmp_path, models, method, same):
     """Catches rows by batch, a row of another example, an off-by-one layer, the wrong pooling, a stale part."""
     if same:
@@ -1147,14 +1161,10 @@ def unit_t(x):
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path, models):
+def test_a_process_that_dies_ends_the_run(beside):
     """Catches a run that hangs; the error is shown."""
-    files = command(tmp_path, models)
-    (tmp_path / "dying.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport railkd as R\n"
-                                       "load = R.load_data\ndef die(*args):\n    if R.RANK: raise SystemError('rank 1 dies')\n"
-                                       "    return load(*args)\nR.load_data = die\nR.main(sys.argv[1:])\n")
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py"), *files)
-    assert done.returncode != 0 and "rank 1 dies" in done.stderr and not [*tmp_path.rglob("results.json")]
+    done = beside[1]["dying"].result()
+    assert done.returncode != 0 and "rank 1 dies" in done.stderr and not [*(beside[0] / "runs").rglob("results.json")]
 
 
 def test_two_runs_at_once_do_no_harm(tmp_path, models):
@@ -1844,12 +1854,11 @@ def test_no_hub_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--task toy" in done.stderr, done.stderr
 
 
-def test_toy_end_to_end(tmp_path):
+def test_toy_end_to_end(beside):
     """The first command of the README, shrunken, from the shell."""
-    done = python(str(HERE / "railkd.py"), "--task", "toy", "--max-train-examples", "200", "--epochs", "1",
-                  "--teacher-epochs", "1", "--output-dir", str(tmp_path))
+    folder, done = beside[0], beside[1]["toy"].result()
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "student  accuracy" in done.stdout and (tmp_path / "toy" / "rail-c-seed42" / "model" / "config.json").exists()
+    assert "student  accuracy" in done.stdout and (folder / "toy" / "rail-c-seed42" / "model" / "config.json").exists()
 
 
 README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
