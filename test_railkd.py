@@ -1577,6 +1577,16 @@ def test_pro_kd_with_other_teachers(tmp_path, models, monkeypatch, capsys):
     assert results["metric"] == "pearson" and results["history"][0]["loss"] == pytest.approx(results["history"][0]["kd"])
 
 
+@pytest.mark.parametrize("method", ["cr-ild", "pro-kd"])
+def test_toy_task_in_two_stages(tmp_path, method):
+    """As a newcomer types it, shrunken: both stages, the last one's best, a model that is there."""
+    results = R.main(["--task", "toy", "--method", method, "--max-train-examples", "100", "--epochs", "4", "--teacher-epochs", "2",
+                      "--output-dir", str(tmp_path), "--device", "cpu"])
+    assert [row["stage"] for row in results["history"]] == [1, 1, 2, 2] and results["best_epoch"] > 2
+    assert R.parse(["--task", "toy", "--method", method])[1].epochs == 16 and Path(results["model"], "config.json").exists()
+    assert len([*tmp_path.rglob("epoch-*")]) == (2 if method == "pro-kd" else 0)
+
+
 @pytest.mark.parametrize("more, words", [
     (["--method", "kd", "--teacher", "a,b"], "several teachers: only pro-kd"),
     (["--method", "kd", "--max-temperature", "5"], "only pro-kd"), (["--epochs", "1"], "has two stages"), (["--first-stage", "2"], "has two stages"),
