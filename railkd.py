@@ -2,9 +2,9 @@
 """RAIL-KD (arXiv 2109.10164) in one file: compress a fine-tuned encoder into a student of few layers.
 
 Besides the teacher's logits the student matches its mean-pooled intermediate layers; which ones is drawn at
-random, sorted, in every epoch: `IntermediateLoss`. Try it: python railkd.py --task toy. Figures: README.md.
-"""
+random, sorted, every epoch: `IntermediateLoss`. Try it: python railkd.py --task toy. Figures: README.md."""
 import argparse
+import ctypes
 import hashlib
 import inspect
 import json
@@ -495,8 +495,7 @@ class Table:
                 print("WARNING: too little disk for it: no cache, the teacher runs in every step", flush=True)
                 missing, paths = [], {}
         for path in missing[RANK::WORLD]:                           # processes take them in turn
-            bar = f"teacher reads {split} from {path.stem}"
-            logits, pooled = teacher.map(split, paths[path], pool, layers, bar)
+            logits, pooled = teacher.map(split, paths[path], pool, layers, f"teacher on {split} {path.stem}")
             pooled = pooled[:, :len(layers)].clamp(-65504, 65504).half().transpose(0, 1).contiguous()
             store({"logits": logits.cpu(), "pooled": pooled.cpu()}, path)
         gather()                                                    # now all are there
@@ -566,7 +565,7 @@ class Position:
         self.epoch, self.step, self.sums, self.history, self.saved = 1, 0, [0.0] * 5, [], time.monotonic()
         if self.path.exists():
             content, now = load(self.path), settings(args)
-            changed = ", ".join(k for k in now if now[k] != content["settings"].get(k))
+            changed = ", ".join(k for k in now if now[k] != content.get("settings", {}).get(k))
             need(not changed, f"{self.path} is of a run with other {changed}: pass the same, or delete it")
             for name, part in parts.items():
                 part.load_state_dict(content[name])
@@ -804,7 +803,7 @@ def run(args):                                                      # a finished
     if args.overwrite or not (folder / "results.json").exists():
         distil(args, folder, config)
     results = json.loads((folder / "results.json").read_text())
-    changed = ", ".join(k for k in config if config[k] != results["config"].get(k))
+    changed = ", ".join(k for k in config if config[k] != results.get("config", {}).get(k))
     need(not changed, f"{folder} holds a run with other {changed}; --overwrite it?")
     for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
         if score is not None:
@@ -860,9 +859,9 @@ def distil(args, folder, config):                                   # from the d
     gather()
 
 def report(folder):                                                 # of finished runs: mean ± std over seeds
-    from statistics import mean, stdev
+    from statistics import mean, stdev as std
     cells = {}                                                      # a teacher counts once for all seeds
-    for path in sorted(Path(folder).rglob("results.json")):
+    for path in sorted(Path(folder).rglob("*-seed*/results.json")):
         results, name = json.loads(path.read_text()), path.parent.name.split("-seed")[0]
         method, teacher = str(Path(*path.relative_to(folder).parts[:-3], name)), results["teacher_score"]
         for row, run, score in ((method, path, results["best_score"]), ("teacher", teacher, teacher)):
@@ -872,10 +871,9 @@ def report(folder):                                                 # of finishe
     tasks = list(dict.fromkeys(task for _, task in cells))
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
     for method in sorted({method for method, _ in cells}, key=lambda method: (method != "teacher", method)):
-        scores = [[*cells.get((method, task), {}).values()] for task in tasks]
-        row = ["-" if not x else f"{mean(x):.1f} (n=1)" if len(x) == 1 else
-               f"{mean(x):.1f} ± {stdev(x):.1f} (n={len(x)})" for x in scores]
-        print("|", " | ".join([method, *row, f"{mean(map(mean, scores)):.1f}" if all(scores) else "-"]), "|")
+        runs = [[*cells.get((method, task), {}).values()] for task in tasks]
+        row = [f"{mean(x):.1f}{f' ± {std(x):.1f}' if x[1:] else ''} (n={len(x)})" if x else "-" for x in runs]
+        print("|", " | ".join([method, *row, f"{mean(map(mean, runs)):.1f}" if all(runs) else "-"]), "|")
     return {f"{method}/{task}": [*scores.values()] for (method, task), scores in cells.items()}
 
 def set_up(args):                                 # device, precision, quiet libraries, no wait for a dead hub
@@ -889,6 +887,8 @@ def set_up(args):                                 # device, precision, quiet lib
         torch.distributed.init_process_group("gloo" if args.device.type == "cpu" else "cpu:gloo,cuda:nccl")
     gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     torch.set_num_threads(1 if gpu else torch.get_num_threads())    # threads that wait cost more than they do
+    for option, value in ((-4, 0), (-1, 2 ** 31 - 1)) * (sys.platform == "linux"):
+        ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD: new pages slow a step
     bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]

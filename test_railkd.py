@@ -959,6 +959,22 @@ def test_teacher_is_left_as_it_was(tmp_path, models, monkeypatch):
     assert "proj_s.weight" in dict(kept["modules"][1].distance.named_parameters())
 
 
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_gradients_are_clipped_to_norm_1(tmp_path, models, monkeypatch, amp):
+    """Over model and maps together, after fp16's scale is taken away. The weights make the gradients large."""
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **options):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        scale = getattr(self, "grad_scale", None)                               # of a scaler that has still to unscale
+        norms.append(math.sqrt(sum(grad.square().sum().item() for grad in grads)) / (1 if scale is None else scale.item()))
+        return step(self, *args, **options)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    R.main(command(tmp_path, models, "--epochs", "3", "--teacher-epochs", "1", "--weights", "50,50,50", "--amp", amp))
+    norms = [norm for norm in norms if math.isfinite(norm)]                  # fp16 leaves out those that are not
+    assert len(norms) >= 10 and max(norms) < 1.01 and min(norms[-4:]) > 0.9
+
+
 def test_dropout_is_on_in_the_student_s_training_alone(tmp_path, models, monkeypatch):
     modes, run = {3: [], 4: []}, R.Side.__call__
     monkeypatch.setattr(R.Side, "__call__", lambda self, split, rows: modes[self.blocks].append(
@@ -1613,6 +1629,8 @@ def test_report(tmp_path, capsys):
         (folder / "results.json").write_text(json.dumps({
             "task": task, "method": method, "seed": seed, "best_score": score, "config": {"lr": 2e-5, "batch_size": 32},
             "teacher_score": None if method == "none" else 0.7}))
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/results.json").write_text("[]")                     # of another program
     R.main(["--report", str(tmp_path)])
     out = capsys.readouterr().out
     assert "| kd | 30.0 (n=1) | 55.0 ± 7.1 (n=2) | 42.5 |" in out
@@ -1788,7 +1806,25 @@ def test_results_of_another_version_or_command_are_left_alone(tmp_path, models, 
         with pytest.raises(SystemExit) as stop:
             R.main([*args, *more])
         assert stop.value.code == 2 and what in capsys.readouterr().err and json.loads(path.read_text()) == results
+    path.write_text("{}")                                                   # of another program
+    with pytest.raises(SystemExit):
+        R.main(args)
+    assert "holds a run with other task, method" in capsys.readouterr().err and path.read_text() == "{}"
     assert R.main([*args, "--overwrite"])["floor"] == 0.52
+    path.unlink()
+    torch.save({"epoch": 3}, path.with_name("checkpoint.pt"))
+    with pytest.raises(SystemExit):
+        R.main(args)
+    assert "checkpoint.pt is of a run with other task, method" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_memory_is_kept_from_step_to_step(tmp_path, models):
+    """A tensor of 40 MB, made and freed in each step as an embedding's gradient is, takes its pages once."""
+    import resource
+    side_and_data(tmp_path, models)
+    faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(4) if torch.ones(10 ** 7).sum()]
+    assert min(after - before for before, after in zip(faults, faults[1:])) < 500       # of 9,766 pages
 
 
 def test_a_full_disk_or_a_closed_folder_is_one_line(tmp_path, models, capsys):
