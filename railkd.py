@@ -986,7 +986,7 @@ def main(argv=None):
     try:
         return report(args.report) if args.report else run(args)
     except (UserError, json.JSONDecodeError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error("damaged results.json: " * (type(error) != UserError) + " ".join(str(error).split()))
     except Exception as error:                                      # a full disk has many names
         if not (isinstance(error, OSError) or "os error" in str(error) or "inline_container" in str(error)):
             raise

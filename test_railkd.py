@@ -1810,6 +1810,11 @@ def test_results_of_another_version_or_command_are_left_alone(tmp_path, models, 
     with pytest.raises(SystemExit):
         R.main(args)
     assert "holds a run with other task, method" in capsys.readouterr().err and path.read_text() == "{}"
+    path.write_text('{"task": "own", "met')
+    for again in args, ["--report", str(tmp_path)]:
+        with pytest.raises(SystemExit) as stop:
+            R.main(again)
+        assert stop.value.code == 2 and "error: damaged results.json: " in capsys.readouterr().err
     assert R.main([*args, "--overwrite"])["floor"] == 0.52
     path.unlink()
     torch.save({"epoch": 3}, path.with_name("checkpoint.pt"))
