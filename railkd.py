@@ -3,19 +3,8 @@
 
 Besides the teacher's logits the student matches its mean-pooled intermediate layers; which ones is drawn at
 random, sorted, every epoch: `IntermediateLoss`. Try it: python railkd.py --task toy. Figures: README.md."""
-import argparse
-import ctypes
-import hashlib
-import inspect
-import json
-import math
-import os
-import random
-import shutil
-import signal
-import sys
-import time
-import urllib.request
+import argparse, ctypes, hashlib, inspect, json, math, os
+import random, shutil, signal, sys, time, urllib.request
 from pathlib import Path
 
 import torch
@@ -71,8 +60,8 @@ def kd_loss(logits_s, logits_t, temperature, max_temperature=None):
     return temperature ** 2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 def mixup_loss(mixed, clean, share):
-    """CR-ILD's consistency (Ko et al., 2023): pooled states (B, m, d) of mixed inputs, `share` their own, the
-    rest the reversed batch's, near the clean states (no gradient) of both: squared distance of units."""
+    """CR-ILD's consistency (Ko et al., 2023): squared distance of pooled states (B, m, d) of mixed inputs, a
+    share of each text and the rest of the reversed batch's, from both clean ones (no gradient), as units."""
     near = (unit(mixed) - unit(torch.stack([clean, clean.flip(0)]).detach())).square().sum(-1).mean((1, 2))
     return share * near[0] + (1 - share) * near[1]
 
@@ -214,16 +203,16 @@ class ContrastiveDistance(ConcatDistance):
             raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
         s, t, device = unit(z_s[0]), unit(z_t[0]), self.bank.device                 # (B, u), (B, u)
         index = torch.as_tensor(index, device=device).long()                        # (B,)
-        classes = labels is not None and not labels.is_floating_point()
+        classes = labels is not None and not torch.as_tensor(labels).is_floating_point()
         with torch.no_grad():
-            kinds = labels.to(device).long() if classes else torch.full_like(index, -1)
+            kinds = torch.as_tensor(labels, device=device).long() if classes else torch.full_like(index, -1)
             parts = gather(index, s, kinds) if self.training else [(index, s, kinds)]
             rows, vectors, known = (torch.cat([x.to(device) for x in column]) for column in zip(*parts))
             if self.training:
                 self.bank_labels[rows] = known
             allowed = torch.arange(len(self.bank), device=device) != index[:, None]                 # (B, N)
             others = allowed & (self.bank_labels != kinds[:, None]) & (self.bank_labels >= 0)
-            allowed = torch.where(others.any(1, keepdim=True), others, allowed)
+            allowed = torch.where(others.any(1, keepdim=True) & classes, others, allowed)
             negatives = self.bank[torch.multinomial(allowed.float(), self.num_negatives, replacement=True)]
             if self.training:
                 self.bank[rows] = unit(self.momentum * self.bank[rows] + (1 - self.momentum) * vectors)
@@ -257,8 +246,7 @@ class IntermediateLoss(nn.Module):
             raise ValueError(f"unknown method {method!r}, known: {', '.join(METHODS)}")
         self.select, distance = select or METHODS[method][0], distance or METHODS[method][1]
         if self.select not in SELECTIONS or distance not in DISTANCES:
-            raise ValueError(f"no such pair: selection {self.select!r} of {', '.join(SELECTIONS)}; distance "
-                             f"{distance!r} of {', '.join(DISTANCES)}")
+            raise ValueError(f"no such pair: {self.select!r} of {SELECTIONS}, {distance!r} of {[*DISTANCES]}")
         self.pool_tokens = POOLINGS[METHODS[method][2]]
         self.blocks, self.seed, final = {"s": num_layers_s, "t": num_layers_t}, seed, self.select == "final"
         self.layers_s, self.all_t = ([n] if final else [*range(1, n)] for n in self.blocks.values())
@@ -328,8 +316,9 @@ def store(content, path):                                           # what is at
         partial.unlink(missing_ok=True)                             # of a full disk
 
 def load(path, **options):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    try:                                                            # what is ours is a dict
+        return {} | (json.loads(path.read_text()) if path.suffix == ".json" else
+                     torch.load(path, map_location="cpu", weights_only=True, **options))
     except Exception as error:                                      # of many kinds
         raise UserError(f"{path} is damaged: delete it and start again ({error!r})") from error
 
@@ -362,13 +351,15 @@ def load_splits(args):                                              # {"train": 
         return load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
     if not args.train_file:
         return load_dataset("nyu-mll/glue", args.task)
-    splits, kinds = {}, {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+    data, kinds = {}, {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
     for split, path in (("train", args.train_file), ("validation", args.validation_file)):
         kind = {**kinds, ".parquet": "parquet"}.get(Path(path).suffix.lower())
         need(kind and os.path.getsize(path), f"{path} is empty or no csv, tsv, json, jsonl, parquet file")
         csv = {"keep_default_na": False, "sep": "\t" if path.lower().endswith("tsv") else ","}
-        splits[split] = load_dataset(kind, data_files=path, split="train", **(csv if kind == "csv" else {}))
-    return splits
+        data[split] = load_dataset(kind, data_files=path, split="train", **(csv if kind == "csv" else {}))
+        if kind == "csv" and "float64" not in str(data["train"].features.get("label")):       # 01 is no 1
+            data[split] = load_dataset(kind, data_files=path, split="train", converters={"label": str}, **csv)
+    return data
 
 def load_data(args):
     """texts {split: [column, ..]}, labels {split: (N,)}, names (None: regression), metrics, dev splits."""
@@ -385,23 +376,27 @@ def load_data(args):
         need(table.get("label") and 1 <= len(columns) <= 2 and all(kinds.get(x) == ["str"] for x in columns)
              and {*kinds["label"]} <= {"str", "int", "float", "bool", "NoneType"},
              f"{split}: rows of label and one or two columns of text needed, not {kinds}")
-        labels, rows = table["label"], range(len(table["label"]))
+        names, rows = getattr(splits[split].features["label"], "names", []), range(len(table["label"]))
+        labels = [names[x] if x in range(len(names)) else x for x in table["label"]]
         if split == "train":
-            names = getattr(splits[split].features["label"], "names", None)
-            known = [*range(len(names))] if names else sorted({*labels} - {None, ""})
-            data.names = None if any(isinstance(x, float) for x in known) else names or [*map(str, known)]
-            number = {str(x): i for i, x in enumerate(known)} if data.names else {}
+            known = names or sorted({*labels} - {None, ""}, key=lambda x: str(x).zfill(9 * str(x).isdigit()))
+            data.names = None if any(isinstance(x, float) for x in known) else [*map(str, known)]
+            number = {x: i for i, x in enumerate(data.names or [])}
             rows = sorted(random.Random("subset").sample(rows, min(len(rows), args.max_train_examples)))
         values = [number.get(str(x)) if data.names else
                   float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None for x in labels]
         strange = {str(label) for label, value in zip(labels, values) if value is None}
         need(not strange, f"{split}: labels {strange}, known: {data.names or 'numbers'}")
-        need(split != "train" or len({values[row] for row in rows}) > 1, f"train: no label but {labels[0]}")
+        need(split != "train" or len({values[row] for row in rows}) > 1 and len({*values}) >= len(number),
+             f"train: no label but {', '.join(sorted({*map(str, labels)}))[:99]}; known: {data.names}")
         data.texts[split] = [[table[column][row] for row in rows] for column in columns]
         data.labels[split] = torch.tensor([values[row] for row in rows])
+    need(args.task not in TASKS or len(number) == {"stsb": 0, "mnli": 3}.get(args.task, 2),
+         f"labels {data.names or 'numbers'} are not those of {args.task}")
     labels = data.labels[data.dev[0]]
     data.watched = torch.arange(0, len(labels), math.ceil(len(labels) / 256))   # looked at closely, all runs
     data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else TASKS["stsb"])
+    data.metric = data.metrics[0] + data.dev[0][10:].replace("_matched", "")        # selects the epoch
     always = F.one_hot(labels.mode().values, len(data.names)) if data.names else torch.zeros(1)
     data.floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)    # the majority baseline
     return data
@@ -409,32 +404,37 @@ def load_data(args):
 class Side:
     """A model, teacher or student, with its own tokenizer and so its own tokens of every split."""
     def __init__(self, role, name, data, args):
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        import transformers as hf
         names = dict(enumerate(data.names or ["score"]))
         head = {"id2label": names, "label2id": {x: i for i, x in names.items()},
                 "problem_type": None if data.names else "regression"}
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = hf.AutoConfig.from_pretrained(name, trust_remote_code=False)
             ready = role == "teacher" and "SequenceClassification" in "".join(config.architectures or [])
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, **({} if ready else head))
-            self.tokenizer = own = AutoTokenizer.from_pretrained(name)
-            if config.is_encoder_decoder or own.pad_token is None or len(own) <= len(own.all_special_ids):
-                raise ValueError("need an encoder alone, a tokenizer with a vocabulary and a padding token")
+            self.model, info = hf.AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
+                **({} if ready else head))
+            self.tokenizer = own = hf.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            fresh = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]   # random now
+            lost = [x for x in fresh if self.model.base_model_prefix + "." in x and "pooler" not in x]
+            if (type(config) not in hf.MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder or lost
+                    or not own.pad_token or not len(own.all_special_ids) < len(own) <= config.vocab_size):
+                raise ValueError(f"no encoder, {len(lost)} weights missing, or a tokenizer that does not fit")
             self.blocks, self.width = config.num_hidden_layers, config.hidden_size
         except Exception as error:
             raise UserError(f"cannot load the {role} {name}: {str(error).strip()}".split("\n")[0]
                             + ADVICE * (not os.path.exists(name))) from error
         need((n := self.model.num_labels) == len(names), f"{name} has {n} labels, the task has {len(names)}")
-        self.ready, self.args, self.order = ready and not info["missing_keys"], args, None
+        self.ready, self.args, self.order = ready and not fresh, args, None
         self.model, self.texts, self.tokens = self.model.float().to(args.device), data.texts, {}
         self.params = sum(p.numel() for p in self.model.parameters())
         self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
         self.takes = inspect.signature(self.model.forward).parameters   # DistilBERT takes no token_type_ids
         if self.ready:                                          # frozen; a hash of weights and tokenizer
             self.model.eval().requires_grad_(False)
-            rules = own.backend_tokenizer.to_str() if own.is_fast else str(own)
-            digest = hashlib.sha256((rules + self.model.config.to_json_string()).encode())
+            rules = own.backend_tokenizer.to_str() if own.is_fast else sorted(own.get_vocab().items())
+            key = [rules, own.model_max_length, own.padding_side, own.truncation_side, str(self.model.config)]
+            digest = hashlib.sha256(json.dumps(key).encode())
             for tensor in self.model.state_dict().values():
                 digest.update(tensor.detach().cpu().contiguous().numpy())
             self.content = digest.hexdigest()
@@ -656,7 +656,7 @@ def train(student, data, args, folder, tables=None, ild=None, keep=False):
         row = {"epoch": epoch, "stage": stage, "layers_t": ild and ild.layers_t, "loss": loss,
                "ce": ce, "kd": tables and kd, "ild": ild and inter, "mix": mix or None,
                **watch(student, tables, ild, data)[0], "seconds": seconds, "metrics": metrics,
-               "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metrics[0]]}
+               "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metric]}
         row["collapsed"] = before is not None and 1 - row["cosine_s"] < 0.1 * (1 - before)
         row["skipped"] = schedule.last_epoch - int(next(iter(optimizer.state.values()))["step"]) or None
         at.history, better = [*at.history, row], not best or row["score"] > best["score"]
@@ -757,17 +757,16 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
     metrics = evaluate(answers.get, data)
     if data.names and not made and not args.teacher_labels:
         check_order(answers[data.dev[0]].argmax(1), data.labels[data.dev[0]], data.names)
-    weak = metrics[data.metrics[0]] <= data.floor + 0.01
+    weak = metrics[data.metric] <= data.floor + 0.01
     print(f"teacher  {teacher.title}; dev {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}; majority "
           f"baseline {data.floor:.4f}" + "\nWARNING: the teacher is no better; untrained?" * weak, flush=True)
-    pool = pool if ild or len(sides) == 1 else None                 # their logits alone
-    tables["train"] = [Table(side, "train", pool, cache) for side in sides]     # last: it may take an hour
     if args.max_temperature:
         print(f"pro-kd: {len(sides)} checkpoint(s) of the teacher" + ": Annealing-KD" * (len(sides) == 1))
+    pool = pool if ild or not sides[1:] else None                   # None: logits alone
+    tables["train"] = [Table(side, "train", pool, cache) for side in sides]     # last: it may take an hour
     if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
-        size = len(data.labels["train"])
-        rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
-        pooled_t = tables["train"][-1](rows, ild.all_t)[1]
+        rows = random.Random("ridge").sample(range(n := len(data.labels["train"])), min(2000, n))
+        pooled_t = tables["train"][-1](rows := torch.tensor(rows), ild.all_t)[1]
         pooled_s = student.map("train", rows, ild.pool_tokens, ild.layers_s)[1]
         ild.distance.fit(pooled_s, pooled_t, ild.chances())
     return teacher, tables, metrics, ild
@@ -789,7 +788,7 @@ def make_loss(student, teacher, args):
                                 args.seed, args.select, args.distance, **options,
                                 num_examples=len(student.texts["train"][0])).to(args.device)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{args.method}: {error} (student {student.title}, {teacher.title})") from error
+        raise UserError(f"{args.method}: {error} (deeper than the teacher? {student.title}, {teacher.title})")
 
 def run(args):                                                      # a finished run tells its results again
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
@@ -797,13 +796,13 @@ def run(args):                                                      # a finished
     folder, config = Path(args.output_dir, args.task, name), settings(args)
     *models, own = [os.path.realpath(x) for x in (*args.teacher.split(","), args.student)]
     need(args.method == "none" or own not in models, "teacher and student are one and the same model")
-    need(args.method == "pro-kd" or not (args.max_temperature or models[1:]), "several teachers: only pro-kd")
-    need(not {os.path.realpath(x) for x in (args.output_dir, folder, folder / "model")} & {*models, own},
-         f"{folder} is where results go: the teacher and the student must lie elsewhere")
+    need(args.method == "pro-kd" or not (args.max_temperature or models[1:]), "many teachers, T_max: pro-kd")
+    need(not any(x == os.path.realpath(args.output_dir) or Path(x).is_relative_to(os.path.realpath(folder))
+                 for x in (*models, own)), f"{folder} is where results go: models must lie elsewhere")
     if args.overwrite or not (folder / "results.json").exists():
         distil(args, folder, config)
-    results = json.loads((folder / "results.json").read_text())
-    changed = ", ".join(k for k in config if config[k] != results.get("config", {}).get(k))
+    results = load(folder / "results.json")
+    changed = ", ".join(k for k in config if config[k] != (results.get("config") or {}).get(k))
     need(not changed, f"{folder} holds a run with other {changed}; --overwrite it?")
     for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
         if score is not None:
@@ -835,7 +834,7 @@ def distil(args, folder, config):                                   # from the d
     pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
     print(f"student  {student.title}\n"
           f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
-          f"{data.metrics[0]} on {data.dev[0]} selects the epoch\n"
+          f"{data.metric} on {data.dev[0]} selects the epoch\n"
           f"method   {folder.name}; layers {pairs}; CE KD ILD MIX {weights}\n"
           f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
           f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
@@ -844,9 +843,9 @@ def distil(args, folder, config):                                   # from the d
     history = train(student, data, args, folder, tables, ild)
     best = max((x for x in history if x["stage"] == len(args.stages)), key=lambda row: row["score"])
     results = {
-        "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metrics[0],
+        "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metric,
         "best_score": best["score"], "best_epoch": best["epoch"], "last_score": history[-1]["score"],
-        "teacher_score": metrics_t.get(data.metrics[0]), "teacher_metrics": metrics_t, "floor": data.floor,
+        "teacher_score": metrics_t.get(data.metric), "teacher_metrics": metrics_t, "floor": data.floor,
         "params_s": student.params, "params_t": teacher and teacher.params, "collapsed": best["collapsed"],
         "speed_s": watch(student, None, None, data)[1], "model": str(folder / "model"), "config": config,
         "speed_t": teacher and watch(teacher, None, None, data)[1], "precision": str(args.dtype),
@@ -862,7 +861,7 @@ def report(folder):                                                 # of finishe
     from statistics import mean, stdev as std
     cells = {}                                                      # a teacher counts once for all seeds
     for path in sorted(Path(folder).rglob("*-seed*/results.json")):
-        results, name = json.loads(path.read_text()), path.parent.name.split("-seed")[0]
+        results, name = load(path), path.parent.name.split("-seed")[0]
         method, teacher = str(Path(*path.relative_to(folder).parts[:-3], name)), results["teacher_score"]
         for row, run, score in ((method, path, results["best_score"]), ("teacher", teacher, teacher)):
             if score is not None:
@@ -880,7 +879,7 @@ def set_up(args):                                 # device, precision, quiet lib
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         args.device = torch.empty(1, device=LOCAL if name == "cuda" else name).device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:                                      # of many kinds
         raise UserError(f"--device {name}: {error}") from error
     torch.cuda.set_device(args.device if args.device.type == "cuda" else -1)        # -1: nothing
     if WORLD > 1 and not torch.distributed.is_initialized():
@@ -889,7 +888,7 @@ def set_up(args):                                 # device, precision, quiet lib
     torch.set_num_threads(1 if gpu else torch.get_num_threads())    # threads that wait cost more than they do
     for option, value in ((-4, 0), (-1, 2 ** 31 - 1)) * (sys.platform == "linux"):
         ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD: new pages slow a step
-    bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else cpu.get("avx512_bf16", cpu.get("amx_bf16"))
+    bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else any(cpu[x] for x in cpu if "bf16" in x)
     amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
@@ -898,10 +897,11 @@ def set_up(args):                                 # device, precision, quiet lib
         try:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
         except Exception as error:                                  # before the libraries are imported
-            os.environ["HF_HUB_OFFLINE"] = "0" if hasattr(error, "code") else "1"       # a 404 is an answer
+            os.environ["HF_HUB_OFFLINE"] = str(int(getattr(error, "code", 500) >= 500))     # 404 is an answer
     import datasets
     from transformers import logging
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(50)                              # critical: what fails is told in one line
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     logging.captureWarnings(True)                                   # and so silences them
@@ -918,10 +918,10 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n")
-    count, share, seed = number(int, 1), number(float, 0, 1), number(int, 0, 2 ** 63 - 1)
+    count, share, seed = number(int, 1, 10 ** 7), number(float, 0, 1), number(int, 0, 2 ** 63 - 1)
     add, both = parser.add_argument, argparse.BooleanOptionalAction
-    add("--task", help=f"{', '.join(TASKS)} (no download); with --train-file any other name")
-    add("--method", default="rail-c", choices=METHODS, metavar="M", help=", ".join(METHODS))
+    add("--task", help=f"{', '.join(TASKS)}; with --train-file any other name; toy: no download")
+    add("--method", default="rail-c", choices=METHODS, metavar="M", help=f"{', '.join(METHODS)}; our choice")
     add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
     add("--distance", choices=DISTANCES, metavar="D", help=f"instead of the method's: {', '.join(DISTANCES)}")
     add("--teacher", default="bert-base-uncased", help="hub name or folder (pro-kd: A,B,..); paper: BERT-12")
@@ -937,17 +937,17 @@ def parse(argv=None):
     add("--lr", type=share, default=2e-5, help="paper: searched in 1e-5, 2e-5, 5e-5, 4e-6")
     add("--weight-decay", type=share, default=0.01, help="AdamW's, from two dimensions on; our choice")
     add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows; our choice")
-    add("--weights", type=number(float, 0, 1e6, 3), metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3, kd 1/2 1/2")
+    add("--weights", type=number(float, 0, 1e6, 3), metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3; kd: ours")
     add("--temperature", type=number(float, 1e-3, 1e3), default=2.0, help="of the KD term; our choice")
     add("--max-temperature", type=number(float, 1, 1e3), help="pro-kd: falls from it to 1; our choice: 7")
     add("--first-stage", type=count, metavar="EPOCHS", help="cr-ild, pro-kd; our choice: half of the epochs")
-    add("--proj-dim", type=count, help="width u of the maps; paper: 128")
+    add("--proj-dim", type=number(int, 1, 10 ** 5), help="width u of the maps; paper: 128")
     add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
     add("--start", choices=("ridge", "random"), help="student's map: least squares, our choice, or as drawn")
     add("--shared-proj", action=both, dest="shared", help="rail-l: one pair of maps for all; our choice")
     add("--max-length", type=number(int, 4), default=128, help="tokens; our choice")
     add("--max-train-examples", type=count, default=10 ** 9, help="random subset for all seeds; our choice")
-    add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds")
+    add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds; 42: ours")
     add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
     add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
     add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it (our choice)")
@@ -973,9 +973,9 @@ def parse(argv=None):
     last = THIRDS[0] if args.distance and not METHODS[args.method][1] else last
     args.weights = args.weights or last[:3]
     args.stages = [*before, (*args.weights, 0.0)]
-    args.first_stage = (args.first_stage or args.epochs // 2) if before else args.epochs
-    if before and not 0 < args.first_stage < args.epochs:
-        parser.error(f"--method {args.method} has two stages: --epochs above --first-stage, 2 at least")
+    args.first_stage = args.first_stage or (args.epochs // 2 if before else args.epochs)
+    if before and not 0 < args.first_stage < args.epochs or not before and args.first_stage != args.epochs:
+        parser.error(f"--method {args.method}, {len(before) + 1} stage(s): two: 0 < --first-stage < --epochs")
     if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
         parser.error(f"--method {args.method} has no distance: give one, or leave --select and --weights")
     return parser, args
@@ -985,12 +985,12 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         return report(args.report) if args.report else run(args)
-    except (UserError, json.JSONDecodeError) as error:
-        parser.error("damaged results.json: " * (type(error) != UserError) + " ".join(str(error).split()))
+    except UserError as error:
+        parser.error(" ".join(str(error).split()))
     except Exception as error:                                      # a full disk has many names
         if not (isinstance(error, OSError) or "os error" in str(error) or "inline_container" in str(error)):
             raise
-        parser.exit(1, f"railkd.py: error: {' '.join(str(error).split())}\n")
+        parser.exit(1, f"railkd.py: error: reading or writing failed: {' '.join(str(error).split())}\n")
 
 if __name__ == "__main__":
     for which in (signal.SIGTERM, signal.SIGINT):

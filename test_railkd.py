@@ -1132,6 +1132,14 @@ def test_a_changed_teacher_text_length_or_pooling_has_a_cache_of_its_own(tmp_pat
     (other / "vocab.txt").write_text("\n".join(words[:5] + words[:4:-1]))
     assert table_of(tmp_path, ["--teacher", str(other), *models[2:]])[0].content != table_of(tmp_path, models)[0].content
     assert len([*(tmp_path / "cache").iterdir()]) == 5
+    contents = {changed.content}
+    for i, setting in enumerate(({"model_max_length": 8}, {"truncation_side": "left"}, {"padding_side": "left"})):
+        again = shutil.copytree(models[1], tmp_path / f"again{i}")
+        path = Path(again, "tokenizer_config.json")
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | setting))
+        contents.add(R.Side("teacher", str(shutil.copytree(tmp_path / "changed", again, dirs_exist_ok=True)), Namespace(
+            texts=teacher.texts, names=["bad", "good"]), teacher.args).content)
+    assert len(contents) == 4                                               # the same weights and words, read otherwise
 
 
 def test_two_processes_do_what_one_does(tmp_path, models):
@@ -1293,6 +1301,12 @@ def test_labels_and_names_of_own_files(tmp_path):
     dev = write_table(tmp_path / "b.csv", {"text": list("ab"), "label": [1, 2]})
     data = R.load_data(R.parse(["--train-file", train, "--validation-file", dev])[1])
     assert data.names is None and data.labels["validation"].dtype == torch.float32
+    for words in ("01", "02", "+1"), ("true", "false"), ("1e3", "x"), ("NA", "None"), ("a b", "ü"):     # as they are
+        train = write_table(tmp_path / "c.csv", {"text": ["t"] * len(words), "label": [*words]})
+        data = R.load_data(R.parse(["--train-file", train, "--validation-file", train])[1])
+        assert {*data.names} == {*words} and [data.names[i] for i in data.labels["validation"]] == [*words]
+    mixed = write_table(tmp_path / "mixed.jsonl", {"text": list("abc"), "label": [1, "a", 10]})
+    assert R.load_data(R.parse(["--train-file", mixed, "--validation-file", mixed])[1]).names == ["1", "10", "a"]
     with pytest.raises(R.UserError, match="no validation data"):
         R.load_data(R.parse(["--task", "mnli", "--data-root", make_glue(tmp_path / "hub", splits=("train",))])[1])
 
@@ -1332,12 +1346,39 @@ def make_glue(root, task="mnli", names=("entailment", "neutral", "contradiction"
 
 
 def test_mnli_keeps_its_dev_sets_apart(tmp_path, models):
-    for splits in (None, ("train", "validation_matched")):
+    for splits in (None, ("train", "validation_matched"), ("train", "validation_mismatched")):
         root = tmp_path / str(splits)
         results = R.main(["--task", "mnli", "--data-root", make_glue(root, splits=splits), *models, "--method", "none",
                           "--epochs", "1", "--output-dir", str(root / "runs")])
-        expected = {"accuracy", "accuracy_mismatched"} if splits is None else {"accuracy"}
-        assert {*results["history"][0]["metrics"]} == expected and results["metric"] == "accuracy"
+        expected = ["accuracy", "accuracy_mismatched"] if splits is None else ["accuracy" + splits[1][10:].replace("_matched", "")]
+        assert [*results["history"][0]["metrics"]] == expected and results["metric"] == expected[0]
+        assert results["best_score"] == results["history"][0]["metrics"][expected[0]]
+
+
+def test_labels_that_are_not_the_task_s(tmp_path, models, capsys):
+    """Catches floats or three classes for CoLA, two for MNLI, a class that train lacks, names in another order in dev."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def write(folder, split, labels, kind):
+        features = Features({"sentence": Value("string"), "label": kind})
+        Dataset.from_dict({"sentence": [f"word{i}" for i in range(len(labels))], "label": labels}, features=features).to_parquet(
+            folder / f"{split}-0.parquet")
+    abc = ClassLabel(names=["a", "b", "c"])
+    for i, (task, labels, kind, words) in enumerate((
+            ("cola", [0.0, 0.5, 1.0], Value("float32"), "labels numbers are not those of cola"),
+            ("cola", [0, 1, 2], abc, "labels ['a', 'b', 'c'] are not those of cola"),
+            ("stsb", [0, 1, 2], abc, "are not those of stsb"), ("mnli", [0, 1, 0], ClassLabel(names=["a", "b"]), "those of mnli"),
+            ("mnli", [0, 1, 0], abc, "train: no label but a, b; known: ['a', 'b', 'c']"))):
+        folder = tmp_path / f"{i}" / "nyu-mll" / "glue" / task
+        folder.mkdir(parents=True)
+        for split in ("train", "validation"):
+            write(folder, split, labels, kind)
+        refused(["--task", task, "--data-root", str(tmp_path / f"{i}"), *models, "--output-dir", str(tmp_path / "runs")], words,
+                tmp_path / "runs", capsys)
+    write(tmp_path, "train", [0, 1, 2], abc)
+    write(tmp_path, "dev", [0, 1, 2], ClassLabel(names=["c", "b", "a"]))
+    data = R.load_data(R.parse(["--train-file", str(tmp_path / "train-0.parquet"), "--validation-file", str(tmp_path / "dev-0.parquet")])[1])
+    assert data.labels["validation"].tolist() == [2, 1, 0] and data.names == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(["entailment", "neutral", "contradiction"])])
@@ -1604,8 +1645,10 @@ def test_toy_task_in_two_stages(tmp_path, method):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--method", "kd", "--teacher", "a,b"], "several teachers: only pro-kd"),
-    (["--method", "kd", "--max-temperature", "5"], "only pro-kd"), (["--epochs", "1"], "has two stages"), (["--first-stage", "2"], "has two stages"),
+    (["--method", "kd", "--teacher", "a,b"], "many teachers, T_max: pro-kd"),
+    (["--method", "kd", "--max-temperature", "5"], "many teachers, T_max: pro-kd"),
+    (["--epochs", "1"], "2 stage(s): two: 0 < --first-stage < --epochs"), (["--first-stage", "2"], "2 stage(s)"),
+    (["--method", "kd", "--first-stage", "1"], "--method kd, 1 stage(s)"),
     (["--first-stage", "0"], "not 1 number(s) within"), (["--max-temperature", "0.5"], "within [1")])
 def test_mistakes_in_stages(tmp_path, models, capsys, more, words):
     with pytest.raises(SystemExit) as stop:
@@ -1749,9 +1792,11 @@ def test_label_names_come_back_as_they_were(tmp_path, models):
 @pytest.mark.parametrize("what, message", [
     ("weights cut off", "cannot load the teacher"), ("config cut off", "not a valid JSON"), ("no weights", "model.safetensors"),
     ("code in a pickle", "cannot load the teacher"), ("vision", "ViTConfig"), ("no encoder", "cannot load the teacher"),
-    ("no tokenizer", "cannot load the teacher"),
+    ("no tokenizer", "cannot load the teacher"), ("a decoder", "no encoder"), ("an encoder of another kind", "cannot load the teacher"),
+    ("a block missing", "16 weights missing"), ("another width", "weights missing"), ("more words than vectors", "a tokenizer that does not fit"),
+    ("code of its own", "cannot load the teacher"),
     ("another head", "has 3 labels, the task has 2"), ("a file", "cannot load the teacher"), ("nothing", "HF_HUB_OFFLINE")])
-def test_mistakes_in_models(tmp_path, models, capsys, what, message):
+def test_mistakes_in_models(tmp_path, models, capsys, monkeypatch, what, message):
     import transformers as hub
     folder = tmp_path / "model"
     shutil.copytree(models[1], folder)
@@ -1769,6 +1814,24 @@ def test_mistakes_in_models(tmp_path, models, capsys, what, message):
                                    image_size=8, patch_size=4)).save_pretrained(folder)
     elif what == "no encoder":
         hub.T5Model(hub.T5Config(**small)).save_pretrained(folder)
+    elif what == "a decoder":
+        hub.GPT2ForSequenceClassification(hub.GPT2Config(vocab_size=200, n_embd=16, n_layer=2, n_head=2, pad_token_id=0, eos_token_id=0,
+                                                         bos_token_id=0)).save_pretrained(folder)
+        hub.BertTokenizerFast.from_pretrained(models[1]).save_pretrained(folder)
+    elif what == "an encoder of another kind":
+        hub.T5EncoderModel(hub.T5Config(**small)).save_pretrained(folder)
+    elif what in ("a block missing", "another width"):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"num_hidden_layers": 5} if what == "a block missing" else {"intermediate_size": 40}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif what == "more words than vectors":
+        with open(folder / "vocab.txt", "a") as file:
+            file.write("".join(f"\nmore{i}" for i in range(50)))
+    elif what == "code of its own":
+        (folder / "config.json").write_text(json.dumps({"model_type": "mine", "architectures": ["Mine"], "auto_map": {
+            "AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.Mine"}}))
+        (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        monkeypatch.setattr("builtins.input", lambda *args: "y")                # to "run the custom code?"
     elif what == "no tokenizer":
         for path in folder.glob("*[!h]*.txt"):
             path.unlink()
@@ -1788,6 +1851,10 @@ def test_teacher_student_and_results_are_three_places(tmp_path, models, capsys):
     args, runs = command(tmp_path, models), tmp_path / "runs"
     refused([*args, "--student", models[1]], "one and the same model", runs, capsys)
     refused([*args, "--output-dir", models[1]], "must lie elsewhere", tmp_path / "no", capsys)
+    inside = shutil.copytree(models[1], tmp_path / "inside" / "own" / "rail-c-seed42" / "teacher" / "model")
+    with pytest.raises(SystemExit):
+        R.main([*args, "--teacher", str(inside), "--output-dir", str(tmp_path / "inside")])
+    assert "must lie elsewhere" in capsys.readouterr().err and (inside / "config.json").exists()
     model = R.main(args)["model"]
     before, error = Path(model, "model.safetensors").read_bytes(), capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -1811,16 +1878,19 @@ def test_results_of_another_version_or_command_are_left_alone(tmp_path, models, 
         R.main(args)
     assert "holds a run with other task, method" in capsys.readouterr().err and path.read_text() == "{}"
     path.write_text('{"task": "own", "met')
-    for again in args, ["--report", str(tmp_path)]:
-        with pytest.raises(SystemExit) as stop:
-            R.main(again)
-        assert stop.value.code == 2 and "error: damaged results.json: " in capsys.readouterr().err
+    for content in '{"task": "own", "met', "[]", "null", b"\xff\xfe{":
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        for again in args, ["--report", str(tmp_path)]:
+            with pytest.raises(SystemExit) as stop:
+                R.main(again)
+            assert stop.value.code == 2 and f"{path} is damaged: delete it" in capsys.readouterr().err
     assert R.main([*args, "--overwrite"])["floor"] == 0.52
     path.unlink()
-    torch.save({"epoch": 3}, path.with_name("checkpoint.pt"))
-    with pytest.raises(SystemExit):
-        R.main(args)
-    assert "checkpoint.pt is of a run with other task, method" in capsys.readouterr().err
+    for foreign, words in ({"epoch": 3}, "is of a run with other task, method"), ([3], "is damaged: delete it"):
+        torch.save(foreign, path.with_name("checkpoint.pt"))
+        with pytest.raises(SystemExit):
+            R.main(args)
+        assert f"checkpoint.pt {words}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
@@ -1896,6 +1966,26 @@ def test_default_command_from_a_hub_cache(tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
     results = json.loads((tmp_path / "runs" / "sst2" / "rail-c-seed42" / "results.json").read_text())
     assert results["config"]["teacher"] == "bert-base-uncased" and results["best_score"] >= 0
+
+
+def test_codir_without_labels_takes_all_other_rows(monkeypatch):
+    """Also where some rows' labels are known from earlier; labels and rows may be lists."""
+    chances, draw = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda weights, *args, **options: chances.append(weights) or draw(weights, *args, **options))
+    distance = R.ContrastiveDistance(4, 6, 2, num_examples=6, proj_dim=3, start="random")
+    vectors = torch.randn(3, 2, 4), torch.randn(3, 2, 6)
+    distance(*vectors, index=[0, 1, 2], labels=[0, 1, 1])
+    assert chances[-1].tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    for labels in (None, [0.5, 0.1, 0.2]):
+        distance.eval()(*vectors, index=[0, 1, 2], labels=labels)
+        assert torch.equal(chances[-1], 1 - torch.eye(3, 6))
+
+
+def test_bf16_is_known_by_any_name(tmp_path, models, monkeypatch):
+    for capabilities, dtype in (({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16), ({"neon": True, "sve_bf16": True}, torch.bfloat16),
+                                ({"avx512_bf16": False, "amx_bf16": False}, torch.float32), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        assert side_and_data(tmp_path, models)[0].dtype == dtype
 
 
 def test_no_hub_is_one_line(tmp_path):
