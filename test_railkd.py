@@ -1306,7 +1306,10 @@ def test_labels_and_names_of_own_files(tmp_path):
         data = R.load_data(R.parse(["--train-file", train, "--validation-file", train])[1])
         assert {*data.names} == {*words} and [data.names[i] for i in data.labels["validation"]] == [*words]
     mixed = write_table(tmp_path / "mixed.jsonl", {"text": list("abc"), "label": [1, "a", 10]})
-    assert R.load_data(R.parse(["--train-file", mixed, "--validation-file", mixed])[1]).names == ["1", "10", "a"]
+    try:
+        assert R.load_data(R.parse(["--train-file", mixed, "--validation-file", mixed])[1]).names == ["1", "10", "a"]
+    except R.UserError as error:                                            # older releases of datasets do not read it
+        assert "changed from number to string" in str(error)
     with pytest.raises(R.UserError, match="no validation data"):
         R.load_data(R.parse(["--task", "mnli", "--data-root", make_glue(tmp_path / "hub", splits=("train",))])[1])
 
