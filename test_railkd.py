@@ -611,8 +611,30 @@ def command(tmp_path, models, *more):
 
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory, models):
-    """Whole commands that run beside the tests from their first request on: the toy task, a process that dies."""
+    """Whole commands that run beside the tests from their first request on: the toy task, a process that dies, a hub cache,
+    a full disk."""
     folder = tmp_path_factory.mktemp("beside")
+    for name, layers in (("bert-base-uncased", 4), ("distilbert-base-uncased", 3)):
+        cached = folder / "newcomer" / "hf" / "hub" / f"models--{name}"
+        R.toy_model(cached / "snapshots" / "abc", layers, 16)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("abc")
+    root = make_glue(folder / "newcomer" / "data", "sst2", ("negative", "positive"), ("train", "validation"))
+    (folder / "full").mkdir()
+    full = command(folder / "full", models, "--method", "none", "--epochs", "1")
+    earlier = Path(R.main(full)["model"]).parent
+    before = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+    limited = """if 1:
+        import resource, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        import railkd
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for size in (3000, 20_000):                     # in a model's file, in a checkpoint
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            try:
+                railkd.main(sys.argv[2:])
+            except SystemExit as stop:
+                print("exit", stop.code, file=sys.stderr)"""
     (folder / "dying.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport railkd as R\n"
                                      "load = R.load_data\ndef die(*args):\n    if R.RANK: raise SystemError('rank 1 dies')\n"
                                      "    return load(*args)\nR.load_data = die\nR.main(sys.argv[1:])\n")
@@ -621,7 +643,10 @@ def beside(tmp_path_factory, models):
             "toy": pool.submit(python, str(HERE / "railkd.py"), "--task", "toy", "--max-train-examples", "200", "--epochs", "1",
                                "--teacher-epochs", "1", "--output-dir", str(folder)),
             "dying": pool.submit(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(folder / "dying.py"),
-                                 *command(folder, models))}
+                                 *command(folder, models)),
+            "hub": pool.submit(python, str(HERE / "railkd.py"), "--task", "sst2", "--data-root", root, "--epochs", "1", "--teacher-epochs",
+                               "1", cwd=folder / "newcomer", HF_HOME=str(folder / "newcomer" / "hf"), HF_HUB_OFFLINE="1"),
+            "full": pool.submit(python, "-c", limited, str(HERE), *full, "--seed", "1"), "before": before}
 
 
 @pytest.fixture(scope="module")
@@ -1905,30 +1930,15 @@ def test_memory_is_kept_from_step_to_step(tmp_path, models):
     assert min(after - before for before, after in zip(faults, faults[1:])) < 500       # of 9,766 pages
 
 
-def test_a_full_disk_or_a_closed_folder_is_one_line(tmp_path, models, capsys):
-    args = command(tmp_path, models, "--method", "none", "--epochs", "1")
-    earlier = R.main(args)
-    before = {path: path.read_bytes() for path in Path(earlier["model"]).parent.rglob("*") if path.is_file()}
-    limited = """if 1:
-        import resource, signal, sys
-        sys.path.insert(0, sys.argv[1])
-        import railkd
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        for size in (3000, 20_000):                     # in a model's file, in a checkpoint
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            try:
-                railkd.main(sys.argv[2:])
-            except SystemExit as stop:
-                print("exit", stop.code, file=sys.stderr)"""
-    done = python("-c", limited, str(HERE), *args, "--seed", "1")
-    lines = done.stderr.splitlines()
-    assert len(lines) == 4 and lines[1] == lines[3] == "exit 1", done.stderr
-    assert lines[0].startswith("railkd.py: error: ") and lines[2].startswith("railkd.py: error: ")
-    assert not [*tmp_path.rglob("checkpoint.partial")]                      # nothing half written takes up room
-    assert all(path.read_bytes() == content for path, content in before.items())
+def test_a_full_disk_or_a_closed_folder_is_one_line(tmp_path, models, capsys, beside):
+    lines = beside[1]["full"].result().stderr.splitlines()
+    assert len(lines) == 4 and lines[1] == lines[3] == "exit 1", lines
+    assert lines[0].startswith("railkd.py: error: reading or writing failed: ") and lines[2].startswith("railkd.py: error: ")
+    assert not [*(beside[0] / "full").rglob("checkpoint.partial")]          # nothing half written takes up room
+    assert beside[1]["before"] and all(path.read_bytes() == content for path, content in beside[1]["before"].items())
     (tmp_path / "closed").write_text("")
     with pytest.raises(SystemExit) as stop:
-        R.main([*args, "--output-dir", str(tmp_path / "closed")])
+        R.main(command(tmp_path, models, "--method", "none", "--output-dir", str(tmp_path / "closed")))
     assert stop.value.code == 1 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -1956,18 +1966,11 @@ def test_importing_costs_torch_alone(tmp_path):
     assert done.stdout == "True\n" and not done.stderr
 
 
-def test_default_command_from_a_hub_cache(tmp_path):
+def test_default_command_from_a_hub_cache(beside):
     """The README's `--task sst2` with the default names, out of a hub cache, HF_HUB_OFFLINE=1, quiet off a terminal."""
-    for name, layers in (("bert-base-uncased", 4), ("distilbert-base-uncased", 3)):
-        folder = tmp_path / "hf" / "hub" / f"models--{name}"
-        R.toy_model(folder / "snapshots" / "abc", layers, 16)
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("abc")
-    root = make_glue(tmp_path / "data", "sst2", ("negative", "positive"), ("train", "validation"))
-    done = python(str(HERE / "railkd.py"), "--task", "sst2", "--data-root", root, "--epochs", "1", "--teacher-epochs", "1",
-                  cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
+    folder, done = beside[0], beside[1]["hub"].result()
     assert done.returncode == 0 and not done.stderr, done.stderr
-    results = json.loads((tmp_path / "runs" / "sst2" / "rail-c-seed42" / "results.json").read_text())
+    results = json.loads((folder / "newcomer" / "runs" / "sst2" / "rail-c-seed42" / "results.json").read_text())
     assert results["config"]["teacher"] == "bert-base-uncased" and results["best_score"] >= 0
 
 
