@@ -3,7 +3,7 @@
 
 Besides the teacher's logits the student matches its mean-pooled intermediate layers; which ones is drawn at
 random, sorted, every epoch: `IntermediateLoss`. Try it: python railkd.py --task toy. Figures: README.md."""
-import argparse, ctypes, hashlib, inspect, json, math, os
+import argparse, contextlib, ctypes, hashlib, inspect, json, math, os
 import random, shutil, signal, sys, time, urllib.request
 from pathlib import Path
 
@@ -737,8 +737,9 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
                   "seed": args.teacher_seed, "stages": WEIGHTS["none"], "grad_accumulation": 1,
                   "first_stage": args.teacher_epochs, "batch_size": max(1, 32 // WORLD)}
         train(teacher, data, argparse.Namespace(**vars(args) | tuning), work, keep=args.keep)
-        if RANK == 0 and not folder.exists():                       # or another run was faster
-            work.rename(folder)
+        if RANK == 0:
+            with contextlib.suppress(OSError):                      # another run was faster
+                work.rename(folder)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         gather()
         teacher, made = Side("teacher", str(folder / "model"), data, args), True
@@ -762,8 +763,7 @@ def prepare_teacher(student, data, args, work):                 # -> teacher, ta
           f"baseline {data.floor:.4f}" + "\nWARNING: the teacher is no better; untrained?" * weak, flush=True)
     if args.max_temperature:
         print(f"pro-kd: {len(sides)} checkpoint(s) of the teacher" + ": Annealing-KD" * (len(sides) == 1))
-    pool = pool if ild or not sides[1:] else None                   # None: logits alone
-    tables["train"] = [Table(side, "train", pool, cache) for side in sides]     # last: it may take an hour
+    tables["train"] = [Table(x, "train", pool if ild or not sides[1:] else None, cache) for x in sides]
     if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
         rows = random.Random("ridge").sample(range(n := len(data.labels["train"])), min(2000, n))
         pooled_t = tables["train"][-1](rows := torch.tensor(rows), ild.all_t)[1]

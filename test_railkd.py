@@ -1226,6 +1226,20 @@ def test_two_runs_at_once_do_no_harm(tmp_path, models):
     assert len(scores) == 1 and not [path for path in (tmp_path / "runs" / "teacher-cache").rglob("*.*") if path.suffix != ".pt"]
 
 
+def test_another_run_was_faster_with_the_teacher(tmp_path, models, monkeypatch):
+    """The other's folder appears in the moment between the last look and the renaming."""
+    rename = Path.rename
+    other = Path(next(Path(R.main(command(tmp_path, models, "--epochs", "1", "--output-dir", str(tmp_path / "other")))["model"]).parents[1].glob("teacher-*")))
+
+    def late(self, target):
+        if self.name == "teacher":
+            shutil.copytree(other, target)
+        return rename(self, target)
+    monkeypatch.setattr(Path, "rename", late)
+    results = R.main(command(tmp_path, models, "--epochs", "1"))
+    assert results["teacher_score"] and not Path(results["model"]).with_name("teacher").exists()
+
+
 def test_too_little_disk_turns_the_cache_off(tmp_path, models, monkeypatch, capsys):
     whole = R.main(command(tmp_path, models, "--teacher-cache", "off", "--epochs", "1"))
     size = 120 * (3 * 16 * 2 + 2 * 4) / 1e6
