@@ -858,7 +858,7 @@ def distil(args, folder, config):                                   # from the d
     gather()
 
 def report(folder):                                                 # of finished runs: mean ± std over seeds
-    from statistics import mean, stdev as std
+    from statistics import mean, stdev as sd
     cells = {}                                                      # a teacher counts once for all seeds
     for path in sorted(Path(folder).rglob("*-seed*/results.json")):
         results, name = load(path), path.parent.name.split("-seed")[0]
@@ -871,7 +871,7 @@ def report(folder):                                                 # of finishe
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
     for method in sorted({method for method, _ in cells}, key=lambda method: (method != "teacher", method)):
         runs = [[*cells.get((method, task), {}).values()] for task in tasks]
-        row = [f"{mean(x):.1f}{f' ± {std(x):.1f}' if x[1:] else ''} (n={len(x)})" if x else "-" for x in runs]
+        row = [f"{mean(x):.1f}{f' ± {sd(x):.1f}' if x[1:] else ''} (n={len(x)})" if x else "-" for x in runs]
         print("|", " | ".join([method, *row, f"{mean(map(mean, runs)):.1f}" if all(runs) else "-"]), "|")
     return {f"{method}/{task}": [*scores.values()] for (method, task), scores in cells.items()}
 
