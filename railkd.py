@@ -1,1000 +1,1713 @@
 # SPDX-License-Identifier: MIT
-"""RAIL-KD (arXiv 2109.10164) in one file: compress a fine-tuned encoder into a student of few layers.
+"""RAIL-KD, random intermediate layer mapping for distillation (arXiv 2109.10164), in one file.
 
-Besides the teacher's logits the student matches its mean-pooled intermediate layers; which ones is drawn at
-random, sorted, every epoch: `IntermediateLoss`. Try it: python railkd.py --task toy. Figures: README.md."""
-import argparse, contextlib, ctypes, hashlib, inspect, json, math, os
-import random, shutil, signal, sys, time, urllib.request
+A fine-tuned encoder of 12 or 24 layers, the teacher, is compressed into a student of 6. Besides the
+teacher's logits the student matches its mean-pooled intermediate layers; which of them is drawn at
+random, sorted, in every epoch: `sample_layers`, `LayerwiseDistance` (Eq. 2), `ConcatDistance`
+(Eq. 3), `Objective` (Eq. 4).
+
+    python railkd.py --task toy        no download, under a minute on a laptop's CPU
+    python railkd.py --task sst2       BERT-base -> DistilBERT, both from the hub
+    python railkd.py --help
+
+First results: README.md.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-# ================================================================================================ the method
-# Needs torch alone (copied: math, random). B batch, L tokens, d_s, d_t widths, n teacher blocks, m slots of
-# the student, k teacher vectors, u width of maps, C classes; hidden_states[0]: embeddings, [i]: block i.
-def unit(vectors):
-    return F.normalize(vectors, dim=-1)                             # length 1
 
-def mean_pool(hidden, mask):
-    """Mean over each example's tokens (Eq. 1): (B, L, d), mask (B, L) -> (B, d) in 32 bits. Padding never
-    matters, NaN in it included; an example without tokens gives zeros. ValueError for other shapes."""
+# ================================================================================== the method
+# Needs torch and, of the standard library, random and typing. Copy it down to "end of the method".
+# Shapes: B batch, L tokens, d_s and d_t hidden widths, n blocks of the teacher, m slots (layers of
+# the student in use), k teacher layers in use, u width of the maps, C classes, N examples.
+# hidden_states[0] is the output of the embedding, hidden_states[i] that of block i.
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 1: mean over each example's tokens, (B, L, d) and (B, L) -> (B, d), in 32 bits.
+    Padding, of which the paper says nothing, never matters, not even NaN in it; an example without
+    tokens gives zeros. ValueError for other shapes."""
     if hidden.ndim != 3 or mask.shape != hidden.shape[:2]:
-        raise ValueError(f"need hidden (B, L, d), mask (B, L): got {[*hidden.shape]} and {[*mask.shape]}")
-    mask = mask.bool().unsqueeze(-1)                                                # (B, L, 1)
-    return hidden.float().masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)   # (B, d)
+        raise ValueError(f"need hidden (B, L, d), mask (B, L), not {hidden.shape}, {mask.shape}")
+    is_token = mask.bool().unsqueeze(-1)  # (B, L, 1)
+    total = hidden.float().masked_fill(~is_token, 0).sum(1)  # (B, d)
+    return total / is_token.sum(1).clamp(min=1)
 
-def first_token(hidden, mask):
-    """The first token that is no padding, mostly [CLS]: (B, L, d), (B, L) -> (B, d) in 32 bits."""
-    return mean_pool(hidden, mask.bool() & (mask.bool().cumsum(1) == 1))
 
-def sample_layers(num_layers, k, seed, epoch):
-    """RAIL-KD's draw (section 3): k of the layers 1..num_layers-1, sorted, all subsets equally likely; a
-    function of its arguments alone, no global generator. ValueError where k layers are not to be had."""
+def sample_layers(num_layers: int, k: int, seed: int, epoch: int) -> list[int]:
+    """The draw of section 3: k of the intermediate layers 1..num_layers-1, sorted, for one epoch.
+    All subsets are equally likely. A function of its arguments alone: the same on every rank and
+    after a restart, untouched by dropout. ValueError where there are no k layers to draw."""
     if not 1 <= k <= num_layers - 1:
-        raise ValueError(f"cannot draw k = {k} intermediate layers from num_layers = {num_layers} blocks")
+        raise ValueError(f"cannot draw k = {k} layers from num_layers = {num_layers} blocks")
     return sorted(random.Random(f"layers {seed} {epoch}").sample(range(1, num_layers), k))
 
-def select_layers(name, num_layers, k, seed=0, epoch=0):
-    """The teacher layers that a selection gives to k student slots: a flat list of ints in 1..num_layers-1,
-    for "final" the last block. ValueError for an unknown name and for more slots than layers."""
-    if name not in SELECTIONS:
-        raise ValueError(f"unknown selection {name!r}, known: {', '.join(SELECTIONS)}")
-    draw = name != "final" and sample_layers(num_layers, k, seed, epoch)
-    skip = [i * num_layers // (k + 1) for i in range(1, k + 1)]     # 2, 4, .., 10 of 12; 4, 8, .., 20 of 24
-    return {"random": draw, "skip": skip, "last": list(range(num_layers - k, num_layers)),
-            "reverse": skip[::-1], "middle": [num_layers // 2] * k, "all": list(range(1, num_layers)),
-            "permuted": random.Random(f"order {seed}").sample(skip, k), "final": [num_layers]}[name]
 
-def kd_loss(logits_s, logits_t, temperature, max_temperature=None):
-    """T^2 KL(teacher || student), mean over the batch (Hinton et al., 2014): (B, C), (B, C) -> scalar in 32
-    bits; C = 1 (regression): mean squared error. With max_temperature that of logits_s and (1 - (T - 1) /
-    max_temperature) logits_t (Annealing-KD, Jafari et al., 2021). ValueError for other shapes and T <= 0."""
-    if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
-        raise ValueError(f"need (B, C) twice, T > 0: {[*logits_s.shape]}, {[*logits_t.shape]}, {temperature}")
-    logits_s, logits_t = logits_s.float(), logits_t.detach().float()
-    if logits_s.shape[1] == 1 or max_temperature:
-        return F.mse_loss(logits_s, (1 - (temperature - 1) / (max_temperature or math.inf)) * logits_t)
-    log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=-1) for logits in (logits_s, logits_t))
-    return temperature ** 2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
+def unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=-1)  # x / |x|
 
-def mixup_loss(mixed, clean, share):
-    """CR-ILD's consistency (Ko et al., 2023): squared distance of pooled states (B, m, d) of mixed inputs, a
-    share of each text and the rest of the reversed batch's, from both clean ones (no gradient), as units."""
-    near = (unit(mixed) - unit(torch.stack([clean, clean.flip(0)]).detach())).square().sum(-1).mean((1, 2))
-    return share * near[0] + (1 - share) * near[1]
 
-def ridge(x, y, center=True, penalty=0.1):
-    """Least squares, penalty * tr(x'x) / d, in 64 bits: x (N, d), y (N, u) -> weight (u, d), bias (u,)."""
-    x, y = x.double().cpu(), y.double().cpu()
-    mean_x, mean_y = x.mean(0) * center, y.mean(0) * center         # center=False: for a map without bias
+def make_maps(widths, widths_out, shared, bias):
+    """One nn.Linear for all vectors of a side (shared), else an nn.ModuleList, one for each."""
+    if not shared:
+        return nn.ModuleList(nn.Linear(*x, bias) for x in zip(widths, widths_out, strict=False))
+    if len({*widths}) > 1 or len({*widths_out}) > 1:
+        raise ValueError(f"one map for all needs one width, not {widths} -> {widths_out}")
+    return nn.Linear(widths[0], widths_out[0], bias)
+
+
+def project(maps, vectors):
+    """Each vector (B, d_i) through its own map, through the one for all, or as it is (None)."""
+    if not isinstance(maps, nn.ModuleList):
+        maps = [maps or nn.Identity()] * len(vectors)
+    return [linear(vector) for linear, vector in zip(maps, vectors, strict=True)]
+
+
+def fit_ridge(linear: nn.Linear, x: Tensor, y: Tensor, penalty: float = 0.1) -> None:
+    """Set a map to the ridge solution from x (N, d) to y (N, u), computed in 64 bits. The penalty
+    is relative to the mean square of the features: their scale does not matter."""
+    x, y = x.cpu().double(), y.cpu().double()
+    centre = 0.0 if linear.bias is None else 1.0  # without a bias nothing could undo a centring
+    mean_x, mean_y = centre * x.mean(0), centre * y.mean(0)
     x, y = x - mean_x, y - mean_y
-    gram = x.T @ x                                                                  # (d, d)
+    gram = x.T @ x  # (d, d)
     gram.diagonal().add_((penalty * gram.trace() / len(gram)).clamp(min=1e-12))
-    weight = torch.linalg.solve(gram, x.T @ y).T
-    return weight, mean_y - weight @ mean_x
+    weight = torch.linalg.solve(gram, x.T @ y).T  # (u, d)
+    linear.weight.copy_(weight)
+    if linear.bias is not None:
+        linear.bias.copy_(mean_y - weight @ mean_x)
 
-def gather(*values):                                   # those of all processes of torch.distributed, in order
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [values]
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, [x.cpu() if torch.is_tensor(x) else x for x in values])
-    return parts
 
 class Distance(nn.Module):
-    """How far apart: distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar in 32 bits. Both are cut
-    into pieces (a slot's layers side by side), mapped, compared (`term`): proj_s, proj_t lead to proj_dim,
-    without it proj_s up to the teacher's width where they differ; each one nn.Linear (shared) or an
-    nn.ModuleList. start "ridge": `fit`, once, sets proj_s by least squares. Paper: start "random", alpha (the
-    pieces' weights) 1, teacher_proj "trained". ValueError: bad shapes, options. RuntimeError: missing fit."""
-    def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, bias=True,
-                 teacher_proj="frozen", start="ridge", alpha=None, num_pieces=None, num_examples=None):
-        super().__init__()
-        self.bias, self.start, self.num_pieces = bias, start, (n := num_pieces or num_slots)
-        a = torch.as_tensor([1.0] * n if alpha is None else alpha).float()
-        if start not in ("random", "ridge") or teacher_proj not in ("trained", "frozen") or a.shape != (n,):
-            raise ValueError(f"no such start, teacher_proj or alpha: {start!r}, {teacher_proj!r}, {alpha}")
-        self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
-        widths_s, widths_t = ([piece.shape[1] for piece in self.pieces(torch.empty(1, *shape))]
-                              for shape in (self.shape_s, self.shape_t))
-        if shared and len({*widths_s}) + len({*widths_t}) > 2:
-            raise ValueError(f"one map for all needs pieces of one width, not {widths_s} and {widths_t}")
-        widths = [proj_dim or width for width in widths_t]          # what the maps lead to
-        self.proj_s, self.proj_t = (
-            None if not proj_dim and ins == widths[:len(ins)] else
-            nn.Linear(ins[0], widths[0], bias) if shared else
-            nn.ModuleList(nn.Linear(*x, bias) for x in zip(ins, widths)) for ins in (widths_s, widths_t))
-        if self.proj_t is not None:
-            self.proj_t.requires_grad_(teacher_proj == "trained")
-        self.register_buffer("alpha", a)
-        self.register_buffer("fitted", torch.tensor(False))         # in the state dict: fit was called
-        self._ready = start == "random"                             # spares a GPU a look at it in every step
-    def pieces(self, pooled):
-        return [piece.flatten(1).float() for piece in pooled.tensor_split(self.num_pieces, dim=1)]
-    def term(self, z_s, z_t, index=None, labels=None):
-        """sum_i alpha_i |unit(z_t,i) - unit(z_s,i)|^2, mean over the batch (Eq. 2 and 3)."""
-        return sum(a * (unit(t) - unit(s)).square().sum(-1).mean() for a, s, t in zip(self.alpha, z_s, z_t))
-    def project(self, pooled_s, pooled_t):                          # after the maps: two lists of (B, width)
-        if pooled_s.shape[1:] != self.shape_s or pooled_t.shape != (len(pooled_s), *self.shape_t):
-            raise ValueError(f"need pooled vectors (B, *{self.shape_s}) and (B, *{self.shape_t}): "
-                             f"got {[*pooled_s.shape]} and {[*pooled_t.shape]}")
-        return _apply(self.proj_s, self.pieces(pooled_s)), _apply(self.proj_t, self.pieces(pooled_t.detach()))
-    def forward(self, pooled_s, pooled_t, index=None, labels=None):
-        self._ready = self._ready or self.proj_s is None or bool(self.fitted)
-        if not self._ready:
-            raise RuntimeError(f"{type(self).__name__}, start='ridge': call fit(...) once before training")
-        with torch.autocast(pooled_s.device.type, enabled=False):
-            return self.term(*self.project(pooled_s, pooled_t), index=index, labels=labels)
-    @torch.no_grad()
-    def fit(self, pooled_s, pooled_t, chances=None):
-        """Ridge start of proj_s, to the unit targets. pooled_s (N, m, d_s); pooled_t (N, K, d_t), all layers
-        that can be drawn; chances (k, K) that layer l is the i-th vector of a step (default: just these)."""
-        if self.start == "random" or self.proj_s is None:
-            return
-        chances = (torch.eye(self.shape_t[0]) if chances is None else chances).to(pooled_t.device)
-        maps, x, y = self.proj_s, self.pieces(pooled_s), self.targets(pooled_t.float(), chances)
-        if isinstance(maps, nn.Linear):                             # each slot is N more examples for the map
-            maps, x, y = [maps], [torch.cat(x)], [torch.cat(y)]
-        for linear, x_i, y_i in zip(maps, x, y):
-            weight, bias = ridge(x_i, y_i, center=self.bias)
-            linear.load_state_dict({"weight": weight, "bias": bias} if self.bias else {"weight": weight})
-        self.fitted.fill_(True)
-    def targets(self, pooled_t, chances):                           # what maps should hit: (N, width)
-        expected = torch.einsum("kl,nld->nkd", chances, pooled_t)
-        return [unit(z) for z in _apply(self.proj_t, self.pieces(expected))]
+    """What all distances share, maps and their start; a subclass writes its formula in `compare`.
+    distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar, in 32 bits.
+    proj_dim: width u that proj_s and proj_t lead to. None: proj_t is None, and proj_s leads to the
+        teacher's width, or is None where that is the student's own.
+    teacher_proj: "frozen" as drawn, or "trained" (the letter of the paper, which collapses).
+    start: "ridge", `fit` sets proj_s by least squares, or "random" (the letter of the paper).
+    alpha: weights of the terms. ValueError: bad options, shapes. RuntimeError: no `fit` yet."""
 
-def _apply(maps, inputs):
-    maps = maps if isinstance(maps, nn.ModuleList) else [maps or nn.Identity()] * len(inputs)
-    return [linear(x) for linear, x in zip(maps, inputs)]
+    def __init__(
+        self,
+        d_s: int,
+        d_t: int,
+        num_slots: int,
+        num_targets: int | None = None,
+        proj_dim: int | None = None,
+        shared: bool = False,
+        bias: bool = True,
+        teacher_proj: str = "frozen",
+        start: str = "ridge",
+        alpha: list[float] | None = None,
+    ):
+        super().__init__()
+        if teacher_proj not in ("frozen", "trained") or start not in ("ridge", "random"):
+            raise ValueError(f"no such teacher_proj or start: {teacher_proj!r}, {start!r}")
+        self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
+        widths_s, widths_t = self.widths(*self.shape_s), self.widths(*self.shape_t)
+        widths = [proj_dim] * len(widths_t) if proj_dim else widths_t  # what the maps lead to
+        self.proj_s = self.proj_t = None
+        if proj_dim or widths_s != widths[: len(widths_s)]:
+            self.proj_s = make_maps(widths_s, widths, shared, bias)
+        if proj_dim:
+            self.proj_t = make_maps(widths_t, widths, shared, bias)
+            self.proj_t.requires_grad_(teacher_proj == "trained")
+        alpha = torch.ones(len(widths_s)) if alpha is None else torch.as_tensor(alpha).float()
+        if alpha.shape != (len(widths_s),):
+            raise ValueError(f"alpha: {len(widths_s)} weights needed, not {alpha.tolist()}")
+        self.register_buffer("alpha", alpha)
+        self.register_buffer("fitted", torch.tensor(False))  # in the state dict: `fit` was called
+        self.start, self.ready = start, start == "random"
+
+    def widths(self, num_layers, d):
+        return [vector.shape[1] for vector in self.vectors(torch.empty(1, num_layers, d))]
+
+    def vectors(self, pooled):
+        """What the maps are given: of (B, k, d) each layer, k of (B, d)."""
+        return pooled.unbind(1)
+
+    def forward(self, pooled_s, pooled_t, index=None, labels=None) -> Tensor:
+        """index (B,), numbers of the rows, and labels (B,) are for ContrastiveDistance alone."""
+        if pooled_s.shape[1:] != self.shape_s or pooled_t.shape != (len(pooled_s), *self.shape_t):
+            wanted = f"(B, *{self.shape_s}) and (B, *{self.shape_t})"
+            raise ValueError(f"need pooled {wanted}, not {pooled_s.shape} and {pooled_t.shape}")
+        self.ready = self.ready or self.proj_s is None or bool(self.fitted)  # a GPU waits but once
+        if not self.ready:
+            raise RuntimeError(f"{type(self).__name__}, start='ridge': call fit before training")
+        with torch.autocast(pooled_s.device.type, enabled=False):  # 16 bits are too few for norms
+            pooled_s, pooled_t = pooled_s.float(), pooled_t.detach().float()
+            return self.compare(pooled_s, pooled_t, index=index, labels=labels)
+
+    def targets(self, pooled_t):
+        """What the student's maps should hit before training; here the teacher's unit vectors."""
+        return [unit(t_i) for t_i in project(self.proj_t, self.vectors(pooled_t))]
+
+    @torch.no_grad()
+    def fit(self, pooled_s: Tensor, pooled_t: Tensor, draws: list[list[int]] | None = None) -> None:
+        """Start proj_s at the ridge solution from the student's vectors to the targets: pooled_s
+        (N, m, d_s), pooled_t (N, k, d_t); or (N, K, d_t) and `draws`, lists of k positions of K,
+        over which the target is a mean. With start="random" nothing happens."""
+        if self.proj_s is None or self.start == "random":
+            return
+        maps, x = self.proj_s, self.vectors(pooled_s.float())
+        y = [0.0] * len(x)
+        draws = draws or [list(range(self.shape_t[0]))]
+        for draw in draws:
+            for i, target in enumerate(self.targets(pooled_t[:, draw].float())):
+                y[i] = y[i] + target / len(draws)
+        if isinstance(maps, nn.Linear):  # for a shared map each slot is N more examples
+            maps, x, y = [maps], [torch.cat(x)], [torch.cat(y)]
+        for linear, x_i, y_i in zip(maps, x, y, strict=True):
+            fit_ridge(linear, x_i, y_i)
+        self.fitted.fill_(True)
+
 
 class LayerwiseDistance(Distance):
-    """RAIL-KD^l, Eq. 2, in [0, 4 sum alpha]. shared: one pair of maps for all slots, or one for each."""
-    def __init__(self, d_s, d_t, num_slots, proj_dim=128, shared=True, **options):
-        super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=shared, **options)
-        if self.shape_t[0] != num_slots:
-            raise ValueError(f"{num_slots} slots need as many teacher layers, not {self.shape_t[0]}")
-    def targets(self, pooled_t, chances):                           # mean of the layers' unit vectors
-        z = [_apply(self.proj_t, [layer] * len(chances)) for layer in pooled_t.unbind(1)]   # (K, m) of (N, u)
-        return [sum(p * unit(z_l[i]) for p, z_l in zip(row, z)) for i, row in enumerate(chances)]
+    """RAIL-KD^l, Eq. 2, in [0, 4 sum alpha]."""
 
-class DirectDistance(LayerwiseDistance):
-    """PKD (Sun et al., 2019): Eq. 2 without maps; where d_s != d_t each slot maps the student up to d_t."""
-    def __init__(self, d_s, d_t, num_slots, proj_dim=None, shared=False, **options):
-        super().__init__(d_s, d_t, num_slots, proj_dim, shared, **options)
+    def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=128, shared=True, **more):
+        super().__init__(d_s, d_t, num_slots, num_targets, proj_dim, shared, **more)
+        if self.shape_t[0] != num_slots:
+            raise ValueError(f"{num_slots} slots need as many teacher layers, not {num_targets}")
+
+    def compare(self, pooled_s, pooled_t, **batch):
+        """L = sum_i alpha_i |t_i/|t_i| - s_i/|s_i||^2, mean over the batch."""
+        s = project(self.proj_s, pooled_s.unbind(1))  # s_i = W_s h_s,i: m of (B, u)
+        t = project(self.proj_t, pooled_t.unbind(1))  # t_i = W_t h_t,i: m of (B, u)
+        loss = 0.0
+        for alpha_i, s_i, t_i in zip(self.alpha, s, t, strict=True):
+            loss = loss + alpha_i * (unit(t_i) - unit(s_i)).square().sum(-1).mean()
+        return loss
+
 
 class ConcatDistance(Distance):
-    """RAIL-KD^c, Eq. 3, in [0, 4]: the slots side by side, maps (m d_s x u) and (k d_t x u), one distance."""
-    def __init__(self, d_s, d_t, num_slots, proj_dim=128, shared=True, **options):
-        super().__init__(d_s, d_t, num_slots, proj_dim=proj_dim, shared=True, num_pieces=1, **options)
+    """RAIL-KD^c, Eq. 3, in [0, 4]: all slots side by side, and one distance."""
 
-class GroupDistance(Distance):
-    """CKD (Wu et al., 2020): teacher layers in m contiguous groups, sizes at most one apart; each slot is
-    mapped up to the width of its concatenated group, as in the released code (the paper: down)."""
+    def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=128, shared=True, **more):
+        super().__init__(d_s, d_t, num_slots, num_targets, proj_dim, True, **more)
 
-class AttentionDistance(Distance):
-    """ALP-KD (Passban et al., 2021): mean squared error of s_i and sum_k a_ik t_k, a_ik = softmax_k of
-    <s_i, t_k> unscaled, as in the original (recalled). `weights` (B, m, k): a of the last call."""
-    def pieces(self, pooled):
-        return list(pooled.float().unbind(1))
-    def term(self, z_s, z_t, index=None, labels=None):
-        s, t = torch.stack(z_s, 1), torch.stack(z_t, 1)                             # (B, m, d_t), (B, k, d_t)
-        weights = (s @ t.transpose(1, 2)).softmax(-1)                               # (B, m, k)
-        self.weights = weights.detach()
-        return F.mse_loss(s, weights @ t)
-    def targets(self, pooled_t, chances):                           # no attention yet: the mean layer
-        z_t = _apply(self.proj_t, self.pieces(torch.einsum("kl,nld->nkd", chances, pooled_t)))
-        return [sum(z_t) / len(z_t)] * self.shape_s[0]
+    def vectors(self, pooled):
+        return [pooled.flatten(1)]  # [h_1; ..; h_k]: (B, k d)
 
-class ContrastiveDistance(ConcatDistance):
-    """CoDIR (Sun et al., 2020) as InfoNCE on the maps of Eq. 3: the teacher's vector t has to tell its own
-    student vector s from others in a memory bank, by <t, .> / temperature. The bank keeps unit(momentum bank
-    + (1 - momentum) s) of num_examples rows, in training mode alone. Takes index= (B,), row numbers (else
-    ValueError), labels= (B,), known from a row's first batch on. Negatives, by torch's global generator:
-    rows of another known label, or all other rows where none is known or labels are float or None."""
-    def __init__(self, d_s, d_t, num_slots, num_examples, proj_dim=128, num_negatives=100, temperature=0.07,
-                 momentum=0.5, teacher_proj="trained", **options):
-        super().__init__(d_s, d_t, num_slots, proj_dim, teacher_proj=teacher_proj, **options)
-        self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
-        self.register_buffer("bank", unit(torch.randn(num_examples, proj_dim)))
-        self.register_buffer("bank_labels", torch.full((num_examples,), -1))        # -1: unknown
-    def term(self, z_s, z_t, index=None, labels=None):
-        if index is None:
-            raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
-        s, t, device = unit(z_s[0]), unit(z_t[0]), self.bank.device                 # (B, u), (B, u)
-        index = torch.as_tensor(index, device=device).long()                        # (B,)
-        classes = labels is not None and not torch.as_tensor(labels).is_floating_point()
-        with torch.no_grad():
-            kinds = torch.as_tensor(labels, device=device).long() if classes else torch.full_like(index, -1)
-            parts = gather(index, s, kinds) if self.training else [(index, s, kinds)]
-            rows, vectors, known = (torch.cat([x.to(device) for x in column]) for column in zip(*parts))
-            if self.training:
-                self.bank_labels[rows] = known
-            allowed = torch.arange(len(self.bank), device=device) != index[:, None]                 # (B, N)
-            others = allowed & (self.bank_labels != kinds[:, None]) & (self.bank_labels >= 0)
-            allowed = torch.where(others.any(1, keepdim=True) & classes, others, allowed)
-            negatives = self.bank[torch.multinomial(allowed.float(), self.num_negatives, replacement=True)]
-            if self.training:
-                self.bank[rows] = unit(self.momentum * self.bank[rows] + (1 - self.momentum) * vectors)
-        scores = torch.cat([(t * s).sum(-1, keepdim=True), torch.einsum("bu,bku->bk", t, negatives)], 1)
-        return F.cross_entropy(scores / self.temperature, torch.zeros_like(index))
+    def compare(self, pooled_s, pooled_t, **batch):
+        """L = |t/|t| - s/|s||^2, mean over the batch."""
+        s = project(self.proj_s, self.vectors(pooled_s))[0]  # s = W_s [h_s,1; ..; h_s,m]: (B, u)
+        t = project(self.proj_t, self.vectors(pooled_t))[0]  # t = W_t [h_t,1; ..; h_t,k]: (B, u)
+        return self.alpha[0] * (unit(t) - unit(s)).square().sum(-1).mean()
 
-SELECTIONS = ("random", "skip", "last", "reverse", "middle", "permuted", "all", "final")
-DISTANCES = {"layerwise": LayerwiseDistance, "concat": ConcatDistance, "direct": DirectDistance,
-             "group": GroupDistance, "attention": AttentionDistance, "contrastive": ContrastiveDistance}
-POOLINGS = {"mean": mean_pool, "first": first_token, None: mean_pool}
-METHODS = {                                         # name: (selection of teacher layers, distance, pooling)
-    "none": (None, None, None), "kd": (None, None, None), "pro-kd": (None, None, None),     # logits at most
-    "pkd-skip": ("skip", "direct", "first"), "pkd-last": ("last", "direct", "first"),
-    "ckd": ("all", "group", "mean"), "alp-kd": ("all", "attention", "mean"),
-    "codir": ("all", "contrastive", "mean"), "cr-ild": ("final", "direct", "mean"),
-    "rail-l": ("random", "layerwise", "mean"), "rail-c": ("random", "concat", "mean"),
-    "reverse": ("reverse", "direct", "mean"), "permuted": ("permuted", "direct", "mean"),
-    "all-to-one": ("middle", "direct", "mean")}
+
+def kd_loss(logits_s: Tensor, logits_t: Tensor, temperature: float, max_temperature=None) -> Tensor:
+    """L_KD: T^2 KL(teacher || student), mean over the batch (Hinton et al., 2014), in 32 bits.
+    (B, C) twice -> scalar; C = 1, a regression: mean squared error. With max_temperature that of
+    logits_s and phi(T) logits_t, phi(T) = 1 - (T - 1) / max_temperature (Annealing-KD, Jafari et
+    al., 2021). ValueError for other shapes and for T <= 0."""
+    if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
+        shapes = f"{logits_s.shape}, {logits_t.shape}"
+        raise ValueError(f"need logits (B, C) twice and T > 0, not {shapes}, {temperature}")
+    logits_s, logits_t = logits_s.float(), logits_t.detach().float()
+    if max_temperature:
+        return F.mse_loss(logits_s, (1 - (temperature - 1) / max_temperature) * logits_t)
+    if logits_s.shape[1] == 1:
+        return F.mse_loss(logits_s, logits_t)
+    log_p_s = F.log_softmax(logits_s / temperature, dim=-1)
+    log_p_t = F.log_softmax(logits_t / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
+
 
 class IntermediateLoss(nn.Module):
-    """The intermediate term of a method, for any loop: which layers (selection) and how far (distance).
-    Before training ild.fit(batches), in every epoch ild.set_epoch(epoch), the draw, in every step
-    ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar: blocks + 1 tensors (B, L, d), as of
-    `output_hidden_states`; masks (B, L) or None; L may differ. If pooled already: ild.distance(pooled_s,
-    pooled_t). `select`, `distance` replace the method's, options go to the distance; .layers_s, .layers_t
-    are in use; parameters: for the optimizer. ValueError: names, shapes. RuntimeError: no draw, no fit."""
-    def __init__(self, method, num_layers_s, num_layers_t, d_s, d_t, seed=0, select=None, distance=None,
-                 **options):
-        super().__init__()
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}, known: {', '.join(METHODS)}")
-        self.select, distance = select or METHODS[method][0], distance or METHODS[method][1]
-        if self.select not in SELECTIONS or distance not in DISTANCES:
-            raise ValueError(f"no such pair: {self.select!r} of {SELECTIONS}, {distance!r} of {[*DISTANCES]}")
-        self.pool_tokens = POOLINGS[METHODS[method][2]]
-        self.blocks, self.seed, final = {"s": num_layers_s, "t": num_layers_t}, seed, self.select == "final"
-        self.layers_s, self.all_t = ([n] if final else [*range(1, n)] for n in self.blocks.values())
-        self.set_epoch(0)
-        slots, targets = len(self.layers_s), len(self.layers_t)
-        self.distance = DISTANCES[distance](d_s, d_t, slots, num_targets=targets, **options)
-        self.layers_t = None if self.select == "random" else self.layers_t          # None: not drawn yet
-    def set_epoch(self, epoch):                          # the teacher layers of an epoch: `random` draws anew
-        self.layers_t = select_layers(self.select, self.blocks["t"], len(self.layers_s), self.seed, epoch)
-    def pool(self, side, hidden_states, mask, layers=None):
-        """Side "s" or "t": its hidden states -> pooled vectors (B, k, d), of the layers in use or named."""
-        layers = layers or {"s": self.layers_s, "t": self.layers_t}[side]
-        if layers is None:
-            raise RuntimeError("no layers drawn yet: call set_epoch(epoch) at the start of every epoch")
-        if len(hidden_states) != self.blocks[side] + 1:
-            raise ValueError(f"{len(hidden_states)} hidden states, {self.blocks[side] + 1} expected: [0] is "
-                             "the embedding output, [i] the output of block i")
-        mask = torch.ones_like(hidden_states[0][..., 0]) if mask is None else mask
-        return torch.stack([self.pool_tokens(hidden_states[layer], mask) for layer in layers], 1)
-    def forward(self, hidden_states_s, mask_s, hidden_states_t, mask_t, index=None, labels=None):
-        pooled_s, pooled_t = self.pool("s", hidden_states_s, mask_s), self.pool("t", hidden_states_t, mask_t)
-        return self.distance(pooled_s, pooled_t, index=index, labels=labels)
-    @torch.no_grad()
-    def fit(self, batches):                                         # of the same four that forward takes
-        pooled = [(self.pool("s", *x[:2]), self.pool("t", *x[2:], self.all_t)) for x in batches]
-        self.distance.fit(*map(torch.cat, zip(*pooled)), chances=self.chances())
-    def chances(self):           # (k, all_t): is layer l the i-th selected? In a draw the i-th smallest?
-        n, m, comb, layers = self.blocks["t"], len(self.layers_s), math.comb, self.all_t
-        if self.select != "random":
-            return torch.tensor([[float(l == layer) for l in layers] for layer in self.layers_t])
-        return torch.tensor([[comb(l - 1, i - 1) * comb(n - 1 - l, m - i) / comb(n - 1, m) for l in layers]
-                             for i in range(1, m + 1)])
+    """The intermediate term of a method, for any loop: which layers, pooled, and how far apart.
+    Once ild.fit(batches), in every epoch ild.set_epoch(epoch), the draw, in every step
+    ild(hidden_states_s, mask_s, hidden_states_t, mask_t) -> scalar. Hidden states as those of
+    `output_hidden_states=True`, blocks + 1 tensors (B, L, d); masks (B, L) or None; L may differ.
+    If pooled already: ild.distance(pooled_s, pooled_t). `select`, `distance` replace those of the
+    method's row in METHODS, options go to the distance; the parameters go to the optimizer.
+    ValueError: unknown names, shapes that do not fit. RuntimeError: no draw, no fit yet."""
 
-# =========================================================================== end of the method, now the run
-TASKS = {**dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"]), "cola": ["matthews"],
-         **dict.fromkeys(["mrpc", "qqp"], ["f1", "accuracy"]), "stsb": ["pearson", "spearman"]}
-THIRDS = [(1 / 3, 1 / 3, 1 / 3, 0.0)]           # Eq. 4: CE, KD, ILD, MIX in each stage of training, here one
-WEIGHTS = {"none": [(1.0, 0.0, 0.0, 0.0)], "pro-kd": [(0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0)],
-           "kd": [(0.5, 0.5, 0.0, 0.0)], "cr-ild": [(0.0, 0.0, 1.0, 0.1), (0.0, 1.0, 0.0, 0.0)]}
-NO_SETTINGS = ("overwrite", "report", "device", "output_dir", "teacher_cache", "checkpoint_minutes")
-RANK, WORLD, LOCAL = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; HF_HUB_OFFLINE=1; or --task toy"
-SIGNAL = {"came": 0, "wait": False}             # SIGTERM or Ctrl-C; wait: until a step is whole
+    def __init__(
+        self,
+        method: str,
+        num_layers_s: int,
+        num_layers_t: int,
+        d_s: int,
+        d_t: int,
+        seed: int = 0,
+        select: str | None = None,
+        distance: str | None = None,
+        **options,
+    ):
+        super().__init__()
+        row = METHODS.get(method, Method())
+        select, distance = select or row.select, distance or row.distance
+        if method not in METHODS or select not in SELECTIONS or distance not in DISTANCES:
+            known = f"{', '.join(METHODS)}; {', '.join(SELECTIONS)}; {', '.join(DISTANCES)}"
+            raise ValueError(f"no such row: {method!r}, {select!r}, {distance!r}; known: {known}")
+        self.select, self.seed, self.pool_tokens = select, seed, row.pool
+        self.num_layers_s, self.num_layers_t = num_layers_s, num_layers_t
+        final = select == "final"  # all others leave the last block out, on both sides
+        self.layers_s = [num_layers_s] if final else list(range(1, num_layers_s))
+        slots, targets = len(self.layers_s), len(self.draw(0))
+        self.layers_t = None if select == "random" else self.draw(0)  # None: not drawn yet
+        self.distance = DISTANCES[distance](d_s, d_t, slots, num_targets=targets, **options)
+
+    def draw(self, epoch: int) -> list[int]:
+        return select_layers(self.select, self.num_layers_t, len(self.layers_s), self.seed, epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The teacher's layers in this epoch: the selection "random" draws anew."""
+        self.layers_t = self.draw(epoch)
+
+    def pool(self, hidden_states, mask, layers, num_layers) -> Tensor:
+        if len(hidden_states) != num_layers + 1:
+            wanted = "[0] is the embedding output, [i] the output of block i"
+            raise ValueError(f"{len(hidden_states)} hidden states, not {num_layers + 1}: {wanted}")
+        mask = torch.ones_like(hidden_states[0][..., 0]) if mask is None else mask
+        return torch.stack([self.pool_tokens(hidden_states[i], mask) for i in layers], dim=1)
+
+    def forward(self, hidden_states_s, mask_s, hidden_states_t, mask_t, index=None, labels=None):
+        if self.layers_t is None:
+            raise RuntimeError("no layers drawn yet: call set_epoch(epoch) before every epoch")
+        pooled_s = self.pool(hidden_states_s, mask_s, self.layers_s, self.num_layers_s)
+        pooled_t = self.pool(hidden_states_t, mask_t, self.layers_t, self.num_layers_t)
+        return self.distance(pooled_s, pooled_t, index=index, labels=labels)
+
+    @torch.no_grad()
+    def fit(self, batches) -> None:
+        """Start the student's maps: batches of the four that forward takes."""
+        layers_t = range(1, self.num_layers_t + 1)
+        pooled_s, pooled_t = [], []
+        for hidden_states_s, mask_s, hidden_states_t, mask_t in batches:
+            pooled_s.append(self.pool(hidden_states_s, mask_s, self.layers_s, self.num_layers_s))
+            pooled_t.append(self.pool(hidden_states_t, mask_t, layers_t, self.num_layers_t))
+        self.fit_pooled(torch.cat(pooled_s), torch.cat(pooled_t))
+
+    def fit_pooled(self, pooled_s: Tensor, pooled_t: Tensor) -> None:
+        """The same from pooled vectors: (N, m, d_s), and (N, n, d_t) of the teacher's blocks 1..n.
+        The maps aim at the mean target over the draws of the first 40 epochs."""
+        epochs = range(1, 41) if self.select == "random" else [0]
+        draws = [[layer - 1 for layer in self.draw(epoch)] for epoch in epochs]
+        self.distance.fit(pooled_s, pooled_t, draws)
+
+
+# ------------------------------------------------------------------------------- the baselines
+def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The first token that is no padding, mostly [CLS]: (B, L, d), (B, L) -> (B, d), 32 bits."""
+    return mean_pool(hidden, mask.bool() & (mask.bool().cumsum(1) == 1))
+
+
+def select_layers(name: str, num_layers: int, k: int, seed: int = 0, epoch: int = 0) -> list[int]:
+    """The teacher layers that a selection gives to k student slots, of 1..num_layers-1 ("final":
+    the last block). ValueError for an unknown name and for more slots than layers."""
+    if name not in SELECTIONS:
+        raise ValueError(f"unknown selection {name!r}, known: {', '.join(SELECTIONS)}")
+    if name == "final":  # CR-ILD
+        return [num_layers]
+    drawn = sample_layers(num_layers, k, seed, epoch)
+    skip = [i * num_layers // (k + 1) for i in range(1, k + 1)]  # 2, 4, 6, 8, 10 of 12 blocks
+    return {
+        "random": drawn,  # RAIL-KD
+        "skip": skip,  # PKD-skip
+        "last": list(range(num_layers - k, num_layers)),  # PKD-last
+        "reverse": skip[::-1],  # this one and the next two: controls of arXiv 2502.04499
+        "middle": [num_layers // 2] * k,
+        "permuted": random.Random(f"order {seed}").sample(skip, k),  # one order for all epochs
+        "all": list(range(1, num_layers)),
+    }[name]
+
+
+class DirectDistance(LayerwiseDistance):
+    """PKD (Sun et al., 2019): Eq. 2 without maps; where d_s != d_t each slot is mapped up to d_t.
+    The sum over the slots, where the authors' code takes the mean over the elements."""
+
+    def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, **more):
+        super().__init__(d_s, d_t, num_slots, num_targets, proj_dim, shared, **more)
+
+
+class GroupDistance(Distance):
+    """CKD (Wu et al., 2020): teacher layers in m contiguous groups, sizes at most one apart. A slot
+    is mapped up to the width of its group, side by side: the released code (the paper: down)."""
+
+    def vectors(self, pooled):  # of the student's m vectors each is a group
+        return [group.flatten(1) for group in pooled.tensor_split(self.shape_s[0], dim=1)]
+
+    def compare(self, pooled_s, pooled_t, **batch):
+        s = project(self.proj_s, pooled_s.unbind(1))
+        t = project(self.proj_t, self.vectors(pooled_t))  # m of (B, size of the group x d_t)
+        pairs = zip(self.alpha, s, t, strict=True)
+        return sum(a * (unit(t_i) - unit(s_i)).square().sum(-1).mean() for a, s_i, t_i in pairs)
+
+
+class AttentionDistance(Distance):
+    """ALP-KD (Passban et al., 2021): mean squared error of s_i and sum_j a_ij t_j, a_ij = softmax_j
+    <s_i, t_j>, unscaled as in the original (recalled). `weights` (B, m, k): a of the last call."""
+
+    def compare(self, pooled_s, pooled_t, **batch):
+        s = torch.stack(project(self.proj_s, pooled_s.unbind(1)), dim=1)  # (B, m, d_t)
+        t = torch.stack(project(self.proj_t, pooled_t.unbind(1)), dim=1)  # (B, k, d_t)
+        a = (s @ t.transpose(1, 2)).softmax(dim=-1)  # (B, m, k)
+        self.weights = a.detach()
+        return F.mse_loss(s, a @ t)
+
+    def targets(self, pooled_t):  # there is no attention yet: the mean layer
+        return [torch.stack(project(self.proj_t, pooled_t.unbind(1))).mean(0)] * self.shape_s[0]
+
+
+class ContrastiveDistance(ConcatDistance):
+    """CoDIR (Sun et al., 2020) as InfoNCE on the unit vectors of Eq. 3: the teacher's t has to find
+    the student's s of its own example among num_negatives others, which a memory bank keeps:
+    bank <- unit(momentum bank + (1 - momentum) s), num_examples rows, in training mode alone.
+    Negatives, drawn by torch's global generator: rows of another known label, or all other rows
+    where none is known or labels are float or None. Takes index (B,), the numbers of the rows (else
+    ValueError), and labels (B,)."""
+
+    def __init__(
+        self,
+        d_s,
+        d_t,
+        num_slots,
+        num_examples,
+        num_negatives=100,
+        temperature=0.07,
+        momentum=0.5,
+        **more,
+    ):
+        more = {"teacher_proj": "trained", "proj_dim": 128} | more
+        super().__init__(d_s, d_t, num_slots, **more)
+        self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
+        self.register_buffer("bank", unit(torch.randn(num_examples, more["proj_dim"])))
+        self.register_buffer("bank_labels", torch.full((num_examples,), -1))  # -1: unknown
+
+    def compare(self, pooled_s, pooled_t, index=None, labels=None):
+        if index is None:
+            raise ValueError("ContrastiveDistance needs index=, the row numbers of the batch")
+        s = unit(project(self.proj_s, self.vectors(pooled_s))[0])  # (B, u)
+        t = unit(project(self.proj_t, self.vectors(pooled_t))[0])  # (B, u)
+        index = torch.as_tensor(index, device=s.device).long()
+        classes = torch.full_like(index, -1)
+        if labels is not None and not torch.as_tensor(labels).is_floating_point():
+            classes = torch.as_tensor(labels, device=s.device).long()
+        if self.training:
+            self.bank_labels[index] = classes
+        others = torch.arange(len(self.bank), device=s.device) != index[:, None]  # (B, N)
+        unlike = others & (self.bank_labels >= 0) & (self.bank_labels != classes[:, None])
+        use_labels = unlike.any(1, keepdim=True) & (classes[:, None] >= 0)
+        chances = torch.where(use_labels, unlike, others).float()
+        rows = torch.multinomial(chances, self.num_negatives, replacement=True)
+        negatives = self.bank[rows]  # (B, K, u)
+        if self.training:
+            old = self.bank[index]
+            self.bank[index] = unit(self.momentum * old + (1 - self.momentum) * s.detach())
+        positive = (t * s).sum(-1, keepdim=True)  # (B, 1)
+        scores = torch.cat([positive, torch.einsum("bu,bku->bk", t, negatives)], dim=1)
+        return F.cross_entropy(scores / self.temperature, torch.zeros_like(index))
+
+
+# ----------------------------------------------------------------------------------- the tables
+class Stage(NamedTuple):
+    """A stage of training: the weights of the terms of Eq. 4, and what is special in it."""
+
+    ce: float = 0.0
+    kd: float = 0.0
+    ild: float = 0.0
+    mix: float = 0.0  # CR-ILD's consistency; its weight grows to this by the last epoch
+    anneal: bool = False  # Pro-KD: the temperature falls, the teacher's checkpoints take turns
+    then: str = "best"  # the next stage starts from this stage's "best" epoch, or its "last"
+
+
+class Method(NamedTuple):
+    """All about a method: which teacher layers, how far apart, how pooled, how trained."""
+
+    select: str | None = None
+    distance: str | None = None
+    pool: object = mean_pool
+    stages: tuple = (Stage(ce=1 / 3, kd=1 / 3, ild=1 / 3),)  # Eq. 4: lambda_1, lambda_2, lambda_3
+
+
+SELECTIONS = ("random", "skip", "last", "reverse", "middle", "permuted", "all", "final")
+DISTANCES = {
+    "layerwise": LayerwiseDistance,
+    "concat": ConcatDistance,
+    "direct": DirectDistance,
+    "group": GroupDistance,
+    "attention": AttentionDistance,
+    "contrastive": ContrastiveDistance,
+}
+METHODS = {
+    "none": Method(stages=(Stage(ce=1),)),
+    "kd": Method(stages=(Stage(ce=0.5, kd=0.5),)),
+    "rail-l": Method("random", "layerwise"),
+    "rail-c": Method("random", "concat"),
+    "pkd-skip": Method("skip", "direct", first_token),
+    "pkd-last": Method("last", "direct", first_token),
+    "ckd": Method("all", "group"),
+    "alp-kd": Method("all", "attention"),
+    "codir": Method("all", "contrastive"),
+    "cr-ild": Method("final", "direct", stages=(Stage(ild=1, mix=0.1, then="last"), Stage(kd=1))),
+    "pro-kd": Method(stages=(Stage(kd=1, anneal=True), Stage(ce=1))),
+    "reverse": Method("reverse", "direct"),
+    "permuted": Method("permuted", "direct"),
+    "all-to-one": Method("middle", "direct"),
+}
+# =========================================================================== end of the method
+
+
+# ------------------------------------------------------------------------------- configuration
+FORMAT = 4  # of all that a run writes; what an older file has written is refused by name
+ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; or --task toy"
+# metrics as in GLUE, the first selects the epoch
+TASKS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"]}
+TASKS |= {"stsb": ["pearson", "spearman"]}
+TASKS |= dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"])
+TASK, DATA, TRAIN = "task and models", "data", "training"  # the groups of --help
+LOSS, TEACHER, OUTPUT = "loss", "teacher", "output"
+
 
 class UserError(Exception):
-    """The user's mistake: one line that says what is wrong and how to mend it. Exit code 2."""
+    """A user's mistake: one line that says what is wrong and how to mend it. Exit code 2."""
 
-def need(condition, message):
-    if not condition:
-        raise UserError(message)
 
-def on_signal(number, frame=None):
-    signal.signal(number, signal.SIG_DFL)                           # a second one ends it at once
-    SIGNAL["came"] = number
-    if not SIGNAL["wait"] or frame is None:
-        print("railkd.py: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + number)
+class Terminated(BaseException):
+    """SIGTERM. No Exception, or what handles a library's errors would take it for one of them."""
 
-def store(content, path):                                           # what is at `path` is always whole
-    partial = path.with_suffix(".partial" if path.stem == "checkpoint" else f".{os.uname()[1]}-{os.getpid()}")
+
+@contextlib.contextmanager
+def as_user_error(what, advice=""):
+    """For libraries that fail on a user's input: their errors have no class in common."""
     try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            os.fsync(file.fileno())
-        partial.replace(path)
+        yield
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip() or repr(error)
+        raise UserError(f"{what}: {reason.splitlines()[0].rstrip(': ')}{advice}") from error
+
+
+def number(kind, low, high=math.inf, count=1):
+    """A type for argparse: so many numbers within [low, high], several of them not all 0."""
+
+    def convert(text):
+        values = [kind(value) for value in text.split(",")]
+        in_range = all(low <= value <= high for value in values)
+        if len(values) != count or not in_range or (count > 1 and not any(values)):
+            raise argparse.ArgumentTypeError(f"{text} is not {count} number(s) in [{low}, {high}]")
+        return values if count > 1 else values[0]
+
+    convert.__name__ = kind.__name__  # for argparse's own message
+    return convert
+
+
+COUNT, SHARE, SEED = number(int, 1, 10**7), number(float, 0, 1), number(int, 0, 2**63 - 1)
+ON_OFF = argparse.BooleanOptionalAction
+
+
+def flag(group, default, text, kind=None, **options):
+    """A field of Config that is a flag: its group and line in --help, with its source."""
+    if kind is not None:
+        options["type"] = kind
+    options["help"] = text if default is None else f"{text} [%(default)s]"
+    return field(default=default, metadata={"group": group, "options": options})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags, as parsed. Nothing assigns to it; a phase of its own gets a changed copy."""
+
+    task: str = flag(TASK, "own", f"{', '.join(TASKS)} (no download); own files: any; paper: GLUE")
+    method: str = flag(TASK, "rail-c", "a row of METHODS; ours", choices=METHODS)
+    teacher: str = flag(TASK, "google-bert/bert-base-uncased", "paper: BERT-12; pro-kd: A,B,..")
+    student: str = flag(TASK, "distilbert/distilbert-base-uncased", "paper: DistilBERT-6")
+    data_root: str = flag(
+        DATA, None, "clones named like the hub's, DIR/nyu-mll/glue; ours: the hub"
+    )
+    train_file: str = flag(DATA, None, "csv, tsv, json lines, parquet: label, 1 or 2 of text; ours")
+    validation_file: str = flag(DATA, None, "own data to evaluate on, the same columns; ours")
+    max_length: int = flag(DATA, 128, "tokens of an example; ours", number(int, 4))
+    max_train_examples: int = flag(DATA, 10**7, "random subset, one for all seeds; ours", COUNT)
+    epochs: int = flag(TRAIN, 40, "of all stages; paper: 40", COUNT)
+    first_stage: int = flag(TRAIN, None, "epochs of the first of two stages; ours: half", COUNT)
+    patience: int = flag(TRAIN, 5, "epochs without a better score until it stops; ours", COUNT)
+    batch_size: int = flag(TRAIN, 32, "in each process; paper: searched in 8, 16, 32", COUNT)
+    lr: float = flag(TRAIN, 2e-5, "paper: searched in 1e-5, 2e-5, 5e-5, 4e-6", SHARE)
+    weight_decay: float = flag(TRAIN, 0.01, "AdamW's, from two dimensions on; ours", SHARE)
+    warmup: float = flag(TRAIN, 0.1, "share of a stage's steps, then linear decay; ours", SHARE)
+    seed: int = flag(TRAIN, 42, "of draw, batches, dropout; paper: 5 seeds; 42: ours", SEED)
+    amp: str = flag(
+        TRAIN, "auto", "precision; paper: mixed", choices=("auto", "bf16", "fp16", "off")
+    )
+    device: str = flag(TRAIN, None, "cpu, cuda, cuda:1, mps; ours: the fastest that is there")
+    select: str = flag(LOSS, None, "instead of the method's; ours", choices=SELECTIONS)
+    distance: str = flag(LOSS, None, "instead of the method's; ours", choices=DISTANCES)
+    weights: list = flag(LOSS, None, "CE,KD,ILD; paper: 1/3; kd: ours", number(float, 0, 1e6, 3))
+    temperature: float = flag(LOSS, 2.0, "of the KD term; ours", number(float, 1e-3, 1e3))
+    max_temperature: float = flag(LOSS, None, "pro-kd's first; ours: 7", number(float, 1, 1e3))
+    proj_dim: int = flag(LOSS, None, "width u of the maps; paper: 128", number(int, 1, 10**5))
+    start: str = flag(LOSS, None, "of the student's maps; ours: ridge", choices=("ridge", "random"))
+    shared_proj: bool = flag(LOSS, None, "one pair of maps for all; rail-l: ours", action=ON_OFF)
+    teacher_proj: str = flag(LOSS, None, "its maps; ours: frozen", choices=("frozen", "trained"))
+    teacher_epochs: int = flag(TEACHER, 3, "to fine-tune one without a head; ours", COUNT)
+    teacher_lr: float = flag(TEACHER, 2e-5, "for the same; ours", SHARE)
+    teacher_seed: int = flag(TEACHER, 42, "for the same, whatever --seed; ours", SEED)
+    keep_teacher_epochs: bool = flag(TEACHER, None, "each of them; pro-kd: ours", action=ON_OFF)
+    teacher_labels: str = flag(TEACHER, None, "its labels in its own order, A,B,..; ours")
+    teacher_cache: str = flag(
+        TEACHER, None, "folder of its outputs; ours: OUTPUT_DIR/teacher-cache"
+    )
+    output_dir: str = flag(OUTPUT, "runs", "results go to DIR/TASK/METHOD-seedN; ours")
+    overwrite: bool = flag(OUTPUT, False, "anew where there are results; ours", action="store_true")
+    report: str = flag(
+        OUTPUT, None, "the table of all finished runs below this folder, no run; ours"
+    )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The method's, the last one with the weights of the command line."""
+        *earlier, last = METHODS[self.method].stages
+        if self.distance and not METHODS[self.method].distance:
+            last = Method().stages[-1]
+        if self.weights:
+            last = last._replace(**dict(zip(("ce", "kd", "ild"), self.weights, strict=True)))
+        return [*earlier, last]
+
+    @property
+    def stage_epochs(self) -> list[range]:
+        """Of each stage, counted through: --first-stage of them, the rest in equal parts."""
+        count = len(self.stages)
+        first = self.first_stage or self.epochs // count
+        ends = [first + (self.epochs - first) * i // max(1, count - 1) for i in range(count)]
+        return [range(start + 1, end + 1) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def uses(self, *terms):
+        """Is one of these fields set in any stage?"""
+        return any(getattr(stage, term) for stage in self.stages for term in terms)
+
+    @property
+    def teacher_names(self):
+        """A hub name, a folder, or several in training order."""
+        return [self.teacher] if os.path.exists(self.teacher) else self.teacher.split(",")
+
+    @property
+    def run_name(self):
+        return "-".join(filter(None, (self.method, self.select, self.distance, f"seed{self.seed}")))
+
+    @property
+    def settings(self):
+        """What results depend on."""
+        elsewhere = ("overwrite", "report", "device", "output_dir", "teacher_cache")
+        return {x: y for x, y in asdict(self).items() if x not in elsewhere} | {"format": FORMAT}
+
+
+def parse(argv=None) -> Config:
+    """The command line -> Config, with the toy task's own defaults. UserError: what cannot be."""
+    about = {"description": __doc__.split("\n\n")[0], "usage": argparse.SUPPRESS}  # errors: a line
+    parser = argparse.ArgumentParser("railkd.py", allow_abbrev=False, **about)
+    for title, entries in itertools.groupby(fields(Config), lambda entry: entry.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for entry in entries:
+            name = "--" + entry.name.replace("_", "-")
+            group.add_argument(name, default=entry.default, **entry.metadata["options"])
+    known = parser.parse_known_args(argv)[0]
+    if known.task == "toy":  # a minute instead of hours, and models of its own
+        folder = Path(known.output_dir, "toy")
+        parser.set_defaults(teacher=str(folder / "teacher"), student=str(folder / "student"))
+        parser.set_defaults(epochs=8 * len(METHODS[known.method].stages), patience=8, lr=1e-3)
+        parser.set_defaults(teacher_epochs=8, teacher_lr=1e-3)
+    config = Config(**vars(parser.parse_args(argv)))
+    if not config.report:
+        check_task(config)
+        check_method(config)
+    keep = (
+        config.uses("anneal") if config.keep_teacher_epochs is None else config.keep_teacher_epochs
+    )
+    return replace(config, keep_teacher_epochs=keep)
+
+
+def check_task(config):
+    """What is to be learned, and where teacher, student and results are: three places."""
+    files = (config.train_file, config.validation_file)
+    if any(files) != all(files) or any(files) == (config.task in TASKS):
+        raise UserError(f"need --task {', '.join(TASKS)}, or --train-file and --validation-file")
+    if config.teacher_cache == "off":
+        raise UserError("--teacher-cache off is gone: the teacher's outputs are always kept")
+    teachers = [Path(name).resolve() for name in config.teacher_names]
+    student = Path(config.student).resolve()
+    if config.method != "none" and student in teachers:
+        raise UserError("teacher and student are one and the same model")
+    output = Path(config.output_dir).resolve()
+    results = output / config.task / config.run_name
+    if any(x == output or x.is_relative_to(results) for x in (*teachers, student)):
+        raise UserError(f"{results} is where results go: models must lie elsewhere")
+
+
+def check_method(config):
+    """Flags that mean nothing to the method are mistakes."""
+    row, stages, name = METHODS[config.method], config.stages, f"--method {config.method}"
+    chosen = (config.select or row.select, config.distance or row.distance)
+    if any((*chosen, stages[-1].ild)) and not all(chosen):
+        raise UserError(f"{name}: give --select and --distance, or neither and no ILD in --weights")
+    if not all(config.stage_epochs) or (config.first_stage and len(stages) == 1):
+        raise UserError(f"{name} has {len(stages)} stage(s); of two, 0 < --first-stage < --epochs")
+    if any((config.max_temperature, *config.teacher_names[1:])) and not config.uses("anneal"):
+        raise UserError("several teachers and --max-temperature are for --method pro-kd alone")
+
+
+# --------------------------------------------------------------------------------- the machine
+class Machine(NamedTuple):
+    """What the machine decides: device, precision, and which of how many processes this is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    num_processes: int
+
+    def agree(self, value=None):
+        """The first process's value, in all of them; the others wait for it here."""
+        box = [value]
+        if self.num_processes > 1:
+            torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+
+def find_machine(config) -> Machine:
+    """--device, or a GPU, Apple's mps, the CPU; precision; under torchrun, the process group."""
+    rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = config.device
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with as_user_error(f"--device {name}"):
+        torch.ones(1, device=name).item()  # "meta", a device without values, has none
+    device, backend = torch.device(name), "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_num_threads(1)  # more of them wait for each other between short kernels
+        backend = "cpu:gloo,cuda:nccl"
+    if num_processes > 1 and not torch.distributed.is_initialized():
+        hours = timedelta(hours=24)  # that the others wait for the first one's pass of the teacher
+        torch.distributed.init_process_group(backend, timeout=hours)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    return Machine(device, find_dtype(config.amp, device), rank, num_processes)
+
+
+def find_dtype(amp, device):
+    """--amp; "auto": bf16 where the hardware has it, fp16 on older GPUs, else 32 bits."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    if amp == "auto" and device.type == "cpu":
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+        amp = "bf16" if any(abilities[name] for name in abilities if "bf16" in name) else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+
+
+def keep_memory():
+    """Linux: glibc gives blocks of 32 MB and more, as an embedding's gradient, back to the system
+    after each step, and new pages made a step on a CPU 15 to 25 % longer. Elsewhere: nothing."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def prepare_libraries(config):
+    """Before transformers and datasets are imported: does the hub answer? And: no chatter."""
+    data = config.data_root or config.train_file or ""
+    local = all(map(os.path.exists, [data, config.student, *config.teacher_names]))
+    if not local and config.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
+        try:
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            urllib.request.urlopen(hub, timeout=5).close()
+        except Exception as error:  # of many kinds; 404, for one, is an answer
+            if getattr(error, "code", 500) >= 500:
+                os.environ["HF_HUB_OFFLINE"] = "1"  # else they try again for minutes
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else they warn of the loader's fork
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is told in one line
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+# --------------------------------------------------------------------------------------- files
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(target, owner="", once=False):
+    """A path to write a file or folder to, which takes the place of `target` when it is whole. What
+    a killed run has left there is cleared; `owner` keeps runs apart that write at the same time.
+    once: a target that is there already is as good, another run was faster."""
+    unfinished = target.with_name(f"{target.name}{owner}.partial")
+    remove(unfinished)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield unfinished
+        if once and target.exists():
+            return
+        if unfinished.is_dir():  # a folder, unlike a file, is not replaced by renaming
+            remove(target)
+        unfinished.replace(target)
     finally:
-        partial.unlink(missing_ok=True)                             # of a full disk
+        remove(unfinished)  # of a full disk, of a signal
 
-def load(path, **options):
-    try:                                                            # what is ours is a dict
-        return {} | (json.loads(path.read_text()) if path.suffix == ".json" else
-                     torch.load(path, map_location="cpu", weights_only=True, **options))
-    except Exception as error:                                      # of many kinds
-        raise UserError(f"{path} is damaged: delete it and start again ({error!r})") from error
 
-def toy_data(split, size):                                     # the last clause decides, "not" turns it round
+def read_json(path):
+    with as_user_error(f"{path} is damaged: delete it and start again"):
+        return {} | json.loads(path.read_text(encoding="utf-8"))
+
+
+def changed_settings(now, then):
+    """The names of those that differ, for a message; `then` is read from a file."""
+    then = then if isinstance(then, dict) else {}
+    return ", ".join(name for name in now if name not in then or now[name] != then[name])
+
+
+# ---------------------------------------------------------------------------------------- data
+class TaskData(NamedTuple):
+    """Splits are "train" and those of `dev`."""
+
+    texts: dict  # split -> one or two columns, each a list of N texts
+    labels: dict  # split -> (N,): class numbers, or 32-bit floats
+    names: list  # of the classes; [] for a regression
+    metrics: list
+    dev: list
+    fingerprint: str
+
+    def score(self, answer) -> dict:
+        """All metrics of all dev sets, by name, that which selects the epoch first; MNLI's second
+        set adds "_mismatched" to the names. answer(split) -> logits (N, C)."""
+        scores = {}
+        for split in self.dev:
+            logits, suffix = answer(split), split.removeprefix("validation").replace("_matched", "")
+            for name in self.metrics:
+                scores[name + suffix] = measure(name, logits, self.labels[split])
+        return scores
+
+    @property
+    def floor(self):
+        """The majority baseline: the score of one answer for all."""
+        labels = self.labels[self.dev[0]]
+        one = F.one_hot(labels.mode().values, len(self.names)) if self.names else torch.zeros(1)
+        return measure(self.metrics[0], one.expand(len(labels), -1), labels)
+
+
+def toy_data(split, size):
+    """Made-up reviews: the last clause decides, "not" turns it round."""
     rng, texts, labels = random.Random(f"toy {split}"), [], []
     for _ in range(size):
-        clauses = [(rng.randrange(20), rng.randrange(2), rng.randrange(60)) for _ in range(rng.randint(1, 3))]
-        texts.append(" but ".join(f"the noun{noun} is {'not ' * no}word{word}" for noun, no, word in clauses))
-        labels.append(["bad", "good"][(clauses[-1][1] + clauses[-1][2]) % 2])
+        clauses = []
+        for _ in range(rng.randint(1, 3)):
+            noun, negated, word = rng.randrange(20), rng.randrange(2), rng.randrange(60)
+            clauses.append(f"the noun{noun} is {'not ' if negated else ''}word{word}")
+        texts.append(" but ".join(clauses))
+        labels.append("good" if (negated + word) % 2 else "bad")
     return {"text": texts, "label": labels}
 
-def toy_model(folder, layers, width):                              # an untrained BERT in a folder -> its path
+
+def toy_model(folder, layers, width):
+    """An untrained BERT in the words of the toy task -> its folder."""
     from transformers import BertConfig, BertForMaskedLM
+
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] the is not but".split()
     words += [f"noun{i}" for i in range(20)] + [f"word{i}" for i in range(60)]
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(vocab_size=len(words), hidden_size=width, num_hidden_layers=layers,
-                               num_attention_heads=4, intermediate_size=2 * width)).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words))
+    model = BertForMaskedLM(BertConfig(vocab_size=len(words), num_attention_heads=4, **sizes))
+    with whole(Path(folder), owner=f"-{os.getpid()}", once=True) as unfinished:
+        model.save_pretrained(unfinished)
+        (unfinished / "vocab.txt").write_text("\n".join(words))
     return str(folder)
 
-def load_splits(args):                                              # {"train": .., "validation..": ..}
+
+def read_csv(path, separator):
+    """Fields are text as it stands there ("01", "NA"); but labels that are all numbers, some with a
+    point, are those of a regression. By hand: pandas fills up a row with too few fields."""
+    csv.field_size_limit(2**30)  # a text may be long
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [row for row in csv.reader(file, delimiter=separator, strict=True) if row]
+    if any(len(row) != len(set(rows[0])) for row in rows):
+        raise ValueError("names of columns are alike, or a row has too many or too few fields")
+    table = {column[0]: list(column[1:]) for column in zip(*rows, strict=True)}
+    if any("." in label for label in table.get("label", [])):
+        with contextlib.suppress(ValueError):
+            table["label"] = [float(label) for label in table["label"]]
+    return table
+
+
+def read_file(path):
+    """Own data -> a `datasets.Dataset`, which keeps the names of a parquet file's classes."""
     from datasets import Dataset, load_dataset
-    if args.task == "toy":
-        return {x: Dataset.from_dict(toy_data(x, n)) for x, n in (("train", 3000), ("validation", 1000))}
-    if args.data_root and not args.train_file:
-        folder = Path(args.data_root, "nyu-mll", "glue", args.task)
-        names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
-        need("train" in names, f"no {folder}/train-*.parquet")
-        return load_dataset("parquet", data_files={x: str(folder / f"{x}-*.parquet") for x in names})
-    if not args.train_file:
-        return load_dataset("nyu-mll/glue", args.task)
-    data, kinds = {}, {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-    for split, path in (("train", args.train_file), ("validation", args.validation_file)):
-        kind = {**kinds, ".parquet": "parquet"}.get(Path(path).suffix.lower())
-        need(kind and os.path.getsize(path), f"{path} is empty or no csv, tsv, json, jsonl, parquet file")
-        csv = {"keep_default_na": False, "sep": "\t" if path.lower().endswith("tsv") else ","}
-        data[split] = load_dataset(kind, data_files=path, split="train", **(csv if kind == "csv" else {}))
-        if kind == "csv" and "float64" not in str(data["train"].features.get("label")):       # 01 is no 1
-            data[split] = load_dataset(kind, data_files=path, split="train", converters={"label": str}, **csv)
-    return data
 
-def load_data(args):
-    """texts {split: [column, ..]}, labels {split: (N,)}, names (None: regression), metrics, dev splits."""
-    try:
-        splits = load_splits(args)
-        columns = [x for x in splits["train"].column_names if x not in ("label", "idx", "id")]
-    except Exception as error:                                      # hub and parsers have no error in common
-        raise UserError(f"no {args.task} data: {error.__cause__ or error}{ADVICE * (not args.train_file)}")
-    data = argparse.Namespace(texts={}, labels={}, dev=sorted(x for x in splits if x[:10] == "validation"))
-    need(data.dev, f"no validation data for {args.task}, only {', '.join(splits)}")
-    for split in ["train", *data.dev]:
-        table = splits[split].to_dict()
-        kinds = {x: sorted({type(value).__name__ for value in column}) for x, column in table.items()}
-        need(table.get("label") and 1 <= len(columns) <= 2 and all(kinds.get(x) == ["str"] for x in columns)
-             and {*kinds["label"]} <= {"str", "int", "float", "bool", "NoneType"},
-             f"{split}: rows of label and one or two columns of text needed, not {kinds}")
-        names, rows = getattr(splits[split].features["label"], "names", []), range(len(table["label"]))
-        labels = [names[x] if x in range(len(names)) else x for x in table["label"]]
-        if split == "train":
-            known = names or sorted({*labels} - {None, ""}, key=lambda x: str(x).zfill(9 * str(x).isdigit()))
-            data.names = None if any(isinstance(x, float) for x in known) else [*map(str, known)]
-            number = {x: i for i, x in enumerate(data.names or [])}
-            rows = sorted(random.Random("subset").sample(rows, min(len(rows), args.max_train_examples)))
-        values = [number.get(str(x)) if data.names else
-                  float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None for x in labels]
-        strange = {str(label) for label, value in zip(labels, values) if value is None}
-        need(not strange, f"{split}: labels {strange}, known: {data.names or 'numbers'}")
-        need(split != "train" or len({values[row] for row in rows}) > 1 and len({*values}) >= len(number),
-             f"train: no label but {', '.join(sorted({*map(str, labels)}))[:99]}; known: {data.names}")
-        data.texts[split] = [[table[column][row] for row in rows] for column in columns]
-        data.labels[split] = torch.tensor([values[row] for row in rows])
-    need(args.task not in TASKS or len(number) == {"stsb": 0, "mnli": 3}.get(args.task, 2),
-         f"labels {data.names or 'numbers'} are not those of {args.task}")
-    labels = data.labels[data.dev[0]]
-    data.watched = torch.arange(0, len(labels), math.ceil(len(labels) / 256))   # looked at closely, all runs
-    data.metrics = TASKS.get(args.task) or (["accuracy"] if data.names else TASKS["stsb"])
-    data.metric = data.metrics[0] + data.dev[0][10:].replace("_matched", "")        # selects the epoch
-    always = F.one_hot(labels.mode().values, len(data.names)) if data.names else torch.zeros(1)
-    data.floor = measure(data.metrics[0], always.expand(len(labels), -1), labels)    # the majority baseline
-    return data
+    kind = Path(path).suffix.lower().replace(".jsonl", ".json")
+    with as_user_error(f"cannot read {path}"):
+        if kind not in (".csv", ".tsv", ".json", ".parquet") or not os.path.getsize(path):
+            raise ValueError("it is empty, or no csv, tsv, json, jsonl, parquet file")
+        if kind in (".csv", ".tsv"):
+            return Dataset.from_dict(read_csv(path, "," if kind == ".csv" else "\t"))
+        return load_dataset(kind[1:], data_files=path, split="train")
 
-class Side:
-    """A model, teacher or student, with its own tokenizer and so its own tokens of every split."""
-    def __init__(self, role, name, data, args):
-        import transformers as hf
-        names = dict(enumerate(data.names or ["score"]))
-        head = {"id2label": names, "label2id": {x: i for i, x in names.items()},
-                "problem_type": None if data.names else "regression"}
-        try:
-            config = hf.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            ready = role == "teacher" and "SequenceClassification" in "".join(config.architectures or [])
-            self.model, info = hf.AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
-                **({} if ready else head))
-            self.tokenizer = own = hf.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            fresh = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]   # random now
-            lost = [x for x in fresh if self.model.base_model_prefix + "." in x and "pooler" not in x]
-            if (type(config) not in hf.MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder or lost
-                    or not own.pad_token or not len(own.all_special_ids) < len(own) <= config.vocab_size):
-                raise ValueError(f"no encoder, {len(lost)} weights missing, or a tokenizer that does not fit")
-            self.blocks, self.width = config.num_hidden_layers, config.hidden_size
-        except Exception as error:
-            raise UserError(f"cannot load the {role} {name}: {str(error).strip()}".split("\n")[0]
-                            + ADVICE * (not os.path.exists(name))) from error
-        need((n := self.model.num_labels) == len(names), f"{name} has {n} labels, the task has {len(names)}")
-        self.ready, self.args, self.order = ready and not fresh, args, None
-        self.model, self.texts, self.tokens = self.model.float().to(args.device), data.texts, {}
-        self.params = sum(p.numel() for p in self.model.parameters())
-        self.title = f"{name} ({config.model_type}, {self.blocks} x {self.width}, {self.params / 1e6:.2f} M)"
-        self.takes = inspect.signature(self.model.forward).parameters   # DistilBERT takes no token_type_ids
-        if self.ready:                                          # frozen; a hash of weights and tokenizer
-            self.model.eval().requires_grad_(False)
-            rules = own.backend_tokenizer.to_str() if own.is_fast else sorted(own.get_vocab().items())
-            key = [rules, own.model_max_length, own.padding_side, own.truncation_side, str(self.model.config)]
-            digest = hashlib.sha256(json.dumps(key).encode())
-            for tensor in self.model.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().numpy())
-            self.content = digest.hexdigest()
-    def encode(self, split):                                     # made once: the model's inputs, lengths (N,)
-        if split not in self.tokens:
-            from datasets import Dataset
-            most = getattr(self.model.config, "max_position_embeddings", 512) - 2       # if nobody says
-            longest = min(self.args.max_length, x if (x := self.tokenizer.model_max_length) < 1e9 else most)
-            tokenize = lambda x: self.tokenizer(*dict(x).values(), truncation=True, max_length=longest)
-            texts = Dataset.from_dict({str(i): column for i, column in enumerate(self.texts[split])})
-            tokens = texts.map(tokenize, batched=True, remove_columns=list(texts[0]), new_fingerprint=split)
-            self.tokens[split] = tokens, torch.tensor([*map(len, tokens["input_ids"])])
-        return self.tokens[split]
-    def __call__(self, split, rows, share=None):
-        """Rows (B,) -> logits (B, C) in 32 bits, hidden states (B, L, d) each, mask (B, L). With a share each
-        text's word embeddings are mixed with those of the reversed batch, masks united."""
-        device, dtype = self.args.device, self.args.dtype
-        inputs = self.tokenizer.pad(self.encode(split)[0][rows.tolist()], return_tensors="pt")
-        inputs = {k: upload(v, device) for k, v in inputs.items() if k in self.takes}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+
+def read_splits(config) -> dict:
+    """-> a `datasets.Dataset` for "train" and, after it, each set to evaluate on."""
+    from datasets import Dataset, load_dataset
+
+    if config.train_file:
+        train, dev = read_file(config.train_file), read_file(config.validation_file)
+        return {"train": train, "validation": dev}
+    if config.task == "toy":
+        train, dev = toy_data("train", 3000), toy_data("validation", 1000)
+        return {"train": Dataset.from_dict(train), "validation": Dataset.from_dict(dev)}
+    folder = Path(config.data_root or "", "nyu-mll", "glue", config.task)
+    with as_user_error(f"no data in {folder}", ADVICE):
+        if config.data_root:
+            names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
+            files = {split: str(folder / f"{split}-*.parquet") for split in names}
+            splits = load_dataset("parquet", data_files=files)
+        else:
+            splits = load_dataset("nyu-mll/glue", config.task)
+        wanted = sorted(splits.keys() - {"test", "test_matched", "test_mismatched"})
+        if "train" not in wanted or len(wanted) < 2:
+            raise ValueError(f"no training or no validation data, only {wanted}")
+        return {split: splits[split] for split in wanted}
+
+
+def load_data(config) -> TaskData:
+    """Read, check and number a task's data; the training data is cut to --max-train-examples."""
+    splits = read_splits(config)
+    columns = [x for x in splits["train"].column_names if x not in ("label", "idx", "id")]
+    texts, words = {}, {}
+    for split, dataset in splits.items():
+        texts[split], words[split] = read_columns(split, dataset, columns)
+    names = class_names(config.task, splits["train"].features["label"], words["train"])
+    labels = {split: number_labels(split, words[split], names) for split in splits}
+    size = min(len(words["train"]), config.max_train_examples)
+    rows = sorted(random.Random("subset").sample(range(len(words["train"])), size))
+    texts["train"] = [[column[row] for row in rows] for column in texts["train"]]
+    labels["train"] = labels["train"][rows]
+    if len(labels["train"].unique()) < 2:
+        raise UserError(f"train: no label but {words['train'][rows[0]]}, nothing to learn")
+    metrics = TASKS.get(config.task, ["accuracy"] if names else TASKS["stsb"])
+    content = json.dumps([texts, names, *(x.tolist() for x in labels.values())])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
+    return TaskData(texts, labels, names, metrics, [*splits][1:], fingerprint)
+
+
+def read_columns(split, dataset, columns):
+    """-> the columns of text, and the labels, as words where the file numbers its classes."""
+    table = dataset.to_dict()
+    kinds = {name: sorted({type(x).__name__ for x in table[name]}) for name in table}
+    is_label = {"str", "int", "float", "bool"}.issuperset(kinds.get("label") or ["none"])
+    texts = [kinds.get(column) for column in columns]
+    if not is_label or texts not in ([["str"]], [["str"], ["str"]]):
+        wanted = "rows of label and one or two columns of text"
+        raise UserError(f"{split}: {wanted} needed, not {kinds}")
+    words = dict(enumerate(getattr(dataset.features["label"], "names", [])))
+    return [table[column] for column in columns], [words.get(x, x) for x in table["label"]]
+
+
+def class_names(task, feature, labels):
+    """A file's own, or numbers by size, then words; [] for floats: a regression."""
+    found = {str(label) for label in labels} - {""}
+    names = sorted(
+        found, key=lambda name: (not name.isdecimal(), name.zfill(20 * name.isdecimal()), name)
+    )
+    if any(isinstance(label, float) for label in labels):
+        names = []
+    names = getattr(feature, "names", names)
+    if not found.issuperset(names):
+        raise UserError(f"train: no label but {sorted(found)}; known: {names}")
+    if task in TASKS and len(names) != {"stsb": 0, "mnli": 3}.get(task, 2):
+        raise UserError(f"labels {names or 'numbers'} are not those of {task}")
+    return names
+
+
+def number_labels(split, labels, names):
+    """-> (N,). UserError for a label that is not known."""
+    with as_user_error(f"{split}: known labels are {str(names or 'numbers')[:200]}, not"):
+        if names:
+            numbers = {name: i for i, name in enumerate(names)}
+            return torch.tensor([numbers[str(label)] for label in labels])
+        values = torch.tensor([float(label) for label in labels])
+        strange = values[~values.isfinite()].tolist()
+        if strange:
+            raise ValueError(f"'{strange[0]}'")
+        return values
+
+
+# -------------------------------------------------------------------------------------- models
+class Encoder:
+    """An encoder with a head for the task, teacher or student, and its own tokenizer."""
+
+    def __init__(self, name, model, tokenizer, has_trained_head):
+        from transformers import DataCollatorWithPadding
+
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.has_trained_head, self.order = has_trained_head, slice(None)  # of its labels
+        self.collate = DataCollatorWithPadding(tokenizer)  # pads to the longest of a batch
+        self.inputs = inspect.signature(model.forward).parameters  # DistilBERT: no token_type_ids
+        self.num_layers, self.width = model.config.num_hidden_layers, model.config.hidden_size
+        self.num_params = model.num_parameters()
+        size = f"{self.num_layers} x {self.width}, {self.num_params / 1e6:.2f} M parameters"
+        self.title = f"{name} ({model.config.model_type}, {size})"
+
+    def run(self, batch, machine, share=None):
+        """Tokens -> logits (B, C) in 32 bits, hidden states (B, L, d) each, mask (B, L). Share: the
+        word embeddings are mixed with those of the reversed batch, masks united (CR-ILD)."""
+        inputs = {name: batch[name] for name in batch if name in self.inputs}
+        with torch.autocast(machine.device.type, machine.dtype, machine.dtype != torch.float32):
             if share is not None:
-                words = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+                words = self.model.get_input_embeddings()(inputs.pop("input_ids"))  # (B, L, d)
                 inputs["inputs_embeds"] = share * words + (1 - share) * words.flip(0)
-                inputs["attention_mask"] = inputs["attention_mask"] | inputs["attention_mask"].flip(0)
+                inputs["attention_mask"] = batch["attention_mask"] | batch["attention_mask"].flip(0)
             output = self.model(**inputs, output_hidden_states=True)
-        logits = output.logits.float() if self.order is None else output.logits.float()[:, self.order]
-        return logits, output.hidden_states, inputs["attention_mask"]
-    @torch.no_grad()
-    def map(self, split, rows=None, pool=None, layers=(), title=None):
-        """In eval mode: rows (default: all) -> logits (N, C), and those layers pooled (N, k, d)."""
-        self.model.eval()
-        rows = torch.arange(len(self.texts[split][0])) if rows is None else rows
-        order, parts = self.encode(split)[1][rows].argsort(stable=True), []
-        for part in progress(rows[order].split(64), title):
-            logits, hidden, mask = self(split, part)
-            parts += [(logits, torch.stack([pool(hidden[i], mask) for i in layers], 1) if layers else logits)]
-        return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
+        return output.logits.float()[:, self.order], output.hidden_states, inputs["attention_mask"]
 
-class Table:
-    """The frozen teacher's logits and, with `pool`, layers 1..n of a split, by example. On disk in parts, the
-    folder's name made of all that they depend on; cache "off", disk too small: it runs in every step."""
-    PART = 8192
-    def __init__(self, teacher, split, pool, cache):
-        self.teacher, self.split, self.pool = teacher, split, pool
-        layers = range(1, teacher.blocks + 1) if pool else ()
-        content = [2, teacher.texts[split], teacher.args.max_length, pool and pool.__name__,
-                   str(teacher.args.dtype), teacher.order, teacher.content]         # 2: version of the format
-        folder = Path(cache, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16])
-        parts = [] if cache == "off" else torch.arange(len(teacher.texts[split][0])).split(self.PART)
-        paths = {folder / f"{rows[0]}.pt": rows for rows in parts}
-        missing, = gather([path for path in paths if not path.exists()])[0]
-        if missing:
-            folder.mkdir(parents=True, exist_ok=True)
-            size = sum(len(paths[path]) for path in missing) * (
-                2 * len(layers) * teacher.width + 4 * teacher.model.num_labels)
-            print(f"cache    {split}: {size / 1e6:.1f} MB for {folder}", flush=True)
-            if size > gather(shutil.disk_usage(folder).free)[0][0]:
-                print("WARNING: too little disk for it: no cache, the teacher runs in every step", flush=True)
-                missing, paths = [], {}
-        for path in missing[RANK::WORLD]:                           # processes take them in turn
-            logits, pooled = teacher.map(split, paths[path], pool, layers, f"teacher on {split} {path.stem}")
-            pooled = pooled[:, :len(layers)].clamp(-65504, 65504).half().transpose(0, 1).contiguous()
-            store({"logits": logits.cpu(), "pooled": pooled.cpu()}, path)
-        gather()                                                    # now all are there
-        self.parts = [load(path, mmap=True) for path in paths]
-    def __call__(self, rows, layers):                           # -> logits (B, C), pooled vectors (B, k, d_t)
-        if not self.parts:
-            return self.teacher.map(self.split, rows, self.pool, layers)
-        index, device = torch.tensor(layers, dtype=torch.long) - 1, self.teacher.args.device
-        places = [(self.parts[row // self.PART], row % self.PART) for row in rows.tolist()]
-        logits = torch.stack([part["logits"][i] for part, i in places])
-        pooled = torch.stack([part["pooled"][index, i] for part, i in places])
-        return upload(logits, device), upload(pooled, device)
 
-def upload(tensor, device):                                         # to a GPU: from pinned memory, no wait
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def load_encoder(role, name, data, machine) -> Encoder:
+    """From the hub or a folder. A student's head is new, a teacher's is used if it has one. No code
+    of a model is run. UserError: no encoder, weights missing, a head of another size."""
+    import transformers as hf
 
-def progress(items, title):                                         # a bar where there is a terminal
-    from tqdm import tqdm
-    return tqdm(items, title, leave=False, disable=not title or RANK > 0 or not sys.stderr.isatty())
+    labels, options = data.names or ["score"], {"trust_remote_code": False}
+    with as_user_error(f"cannot load the {role} {name}", "" if os.path.exists(name) else ADVICE):
+        config = hf.AutoConfig.from_pretrained(name, **options)
+        has_head = role == "teacher" and "SequenceClassification" in str(config.architectures)
+        if not has_head:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+            config.problem_type = None if data.names else "regression"
+        tokenizer = hf.AutoTokenizer.from_pretrained(name, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "config": config}
+        model, info = hf.AutoModelForSequenceClassification.from_pretrained(name, **options)
+        is_whole = check_encoder(model, tokenizer, info)
+    if model.num_labels != len(labels):
+        raise UserError(f"{name} has {model.num_labels} labels, the task has {len(labels)}")
+    return Encoder(name, model.float().to(machine.device), tokenizer, has_head and is_whole)
 
-def batches(lengths, size, seed, epoch):                      # groups of rows of like length, in random order
-    generator = torch.Generator().manual_seed(random.Random(f"batches {seed} {epoch}").getrandbits(63))
-    runs = torch.randperm(len(lengths), generator=generator).split(50 * size)
-    groups = [group for run in runs for group in run[lengths[run].argsort(stable=True)].split(size)]
-    return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
-class Objective(nn.Module):
-    """What is trained, and Eq. 4: rows (B,) -> (5,), loss and terms CE, KD, ILD, MIX (0: not in use)."""
-    def __init__(self, student, labels, tables, ild, args):
-        super().__init__()
-        self.student, self.labels, self.tables, self.args = student, labels, tables, args
-        self.model, self.ild = student.model, ild
-    def set_epoch(self, epoch):
-        """The schedule of any method: stage, temperature, teacher's checkpoint, weights of terms, draw."""
-        args, first, top = self.args, self.args.first_stage, self.args.max_temperature
-        past, stage = min(epoch, first) - 1, 1 + (epoch > first)
-        self.temperature = 1 + (top - 1) * (1 - past / max(1, first - 1)) if top else args.temperature
-        self.table = self.tables and self.tables[past * len(self.tables) // first]
-        self.weights = args.stages[stage - 1]
-        self.mixing = epoch / first if self.weights[3] else 0.0
-        if self.ild:
-            self.ild.set_epoch(epoch)
-        return stage
-    def forward(self, rows):
-        logits_s, hidden_s, mask_s = self.student("train", rows)
-        index = upload(rows, self.labels.device)
-        labels = self.labels[index]
-        ce = (F.cross_entropy if logits_s.shape[1] > 1 else F.mse_loss)(logits_s.squeeze(1), labels)
-        kd = inter = mix = torch.zeros_like(ce)
-        if self.table:
-            logits_t, pooled_t = self.table(rows, self.ild.layers_t if self.ild else [])
-            kd = kd_loss(logits_s, logits_t, self.temperature, self.args.max_temperature)
-        if self.ild:
-            pooled_s = self.ild.pool("s", hidden_s, mask_s)
-            inter = self.ild.distance(pooled_s, pooled_t, index=index, labels=labels)
-        if self.mixing:
-            share = 0.5 + abs(torch.rand(()).item() - 0.5)          # max(b, 1 - b), b of Beta(1, 1)
-            mixed = self.ild.pool("s", *self.student("train", rows, share)[1:])
-            mix = self.mixing * mixup_loss(mixed, pooled_s, share)  # grows with the epoch
-        terms = ce, kd, inter, mix                                  # of weight 0: without a gradient
-        return torch.stack([sum(w * x for w, x in zip(self.weights, terms) if w), *map(torch.detach, terms)])
+def check_encoder(model, tokenizer, info) -> bool:
+    """Is nothing missing? ValueError if more than head and pooler is, or a tokenizer that fits."""
+    import transformers as hf
 
-class Position:
-    """Where training stands, in checkpoint.pt. Made anew in the same folder, it goes on from there."""
-    def __init__(self, folder, args, **parts):
-        self.path, self.args, self.parts, self.recent, self.bad = folder / "checkpoint.pt", args, parts, [], 0
-        self.epoch, self.step, self.sums, self.history, self.saved = 1, 0, [0.0] * 5, [], time.monotonic()
-        if self.path.exists():
-            content, now = load(self.path), settings(args)
-            changed = ", ".join(k for k in now if now[k] != content.get("settings", {}).get(k))
-            need(not changed, f"{self.path} is of a run with other {changed}: pass the same, or delete it")
-            for name, part in parts.items():
-                part.load_state_dict(content[name])
-            self.epoch, self.step, self.history, self.sums = *content["position"], content["mine"][RANK][2]
-            torch.set_rng_state(content["mine"][RANK][0])
-            torch.cuda.set_rng_state_all(content["mine"][RANK][1][:torch.cuda.device_count()])
-            print(f"resumed in epoch {self.epoch} after step {self.step}", flush=True)
-    def save(self):
-        self.check()
-        content = {name: part.state_dict() for name, part in self.parts.items()}
-        content["position"] = [self.epoch, self.step, self.history]
-        content["mine"] = gather(torch.get_rng_state(), torch.cuda.get_rng_state_all(), self.sums)
-        if RANK == 0:
-            store(content | {"settings": settings(self.args)}, self.path)
-        self.saved, came = time.monotonic(), max(gather(SIGNAL["came"]))[0]         # now it is on disk
-        if came:
-            on_signal(came)
-    def stepped(self, losses, size):                                # losses (5,), mean over `size` examples
-        self.step, self.recent = self.step + 1, [*self.recent, (losses, size)]
-        if self.step % 50 == 0:
-            self.check()
-        if WORLD == 1 or self.step % 10 == 0:                       # several processes: in the same step
-            late = SIGNAL["came"] or time.monotonic() > self.saved + 60 * self.args.checkpoint_minutes
-            if any(late for late, in gather(late)):
-                self.save()
-    def check(self):                                                # fp16 may leave out 50 steps in a row
-        schedule = self.parts["schedule"]
-        for i, (losses, size) in enumerate(self.recent, self.step - len(self.recent) + 1):
-            values, lr = losses.tolist(), schedule.lr_lambdas[0](schedule.last_epoch - self.step + i - 1)
-            self.bad = 0 if math.isfinite(sum(values)) else self.bad + 1
-            need(self.bad <= 50 * self.parts["scaler"].is_enabled(), f"epoch {self.epoch}, step {i}, lr "
-                 f"{self.args.lr * lr:.3g}: loss, ce, kd, ild, mix {values}: lower --lr? The best stays")
-            self.sums = self.sums if self.bad else [x + y * size for x, y in zip(self.sums, values)]
-        self.recent = []
+    config, base = model.config, f"{model.base_model_prefix}."
+    fresh = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
+    lost = [name for name in fresh if base in name and "pooler" not in name]
+    known = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if not known or lost:
+        raise ValueError(f"{config.model_type} is no encoder, or {len(lost)} weights missing")
+    few, words = len(tokenizer.all_special_ids), len(tokenizer)
+    if not tokenizer.pad_token or not few < words <= config.vocab_size:
+        raise ValueError(f"a tokenizer that does not fit: {words} words, not {config.vocab_size}")
+    return not fresh
 
-def train(student, data, args, folder, tables=None, ild=None, keep=False):
-    """Train -> history. In folder: model, the best epoch; log.jsonl; checkpoint.pt, to go on after a stop."""
-    labels, lengths = data.labels["train"].to(args.device), student.encode("train")[1]
-    objective = Objective(student, labels, tables and tables["train"], ild, args)
-    net = objective if WORLD == 1 else nn.parallel.DistributedDataParallel(
-        objective, broadcast_buffers=False, find_unused_parameters=True)
-    params = [p for p in objective.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if (p.ndim < 2) == flat], "weight_decay": decay}
-              for flat, decay in ((False, args.weight_decay), (True, 0.0))]         # not for biases and norms
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=args.device.type in ("cpu", "cuda"))
-    size = args.batch_size * args.grad_accumulation * WORLD
-    first, steps = (n * math.ceil(len(labels) / size) for n in (args.first_stage, args.epochs))
-    def rate(step):                                                 # each stage warms up, then falls to 0
-        done, total = (step, first) if step < first or first == steps else (step - first, steps - first)
-        return done / w if done < (w := round(args.warmup * total)) else (total - done) / max(1, total - w)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    before, start = watch(student, tables, ild, data)[0]["cosine_s"], time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed + RANK)
-    at = Position(folder, args, objective=objective, optimizer=optimizer, schedule=schedule, scaler=scaler)
-    for epoch in range(at.epoch, args.epochs + 1):
-        stage = objective.set_epoch(epoch)
-        best = max((x for x in at.history if x["stage"] == stage), default=None, key=lambda x: x["score"])
-        if best and stage == len(args.stages) and epoch - best["epoch"] > args.patience:
-            print(f"stopped: nothing better for {args.patience} epochs", flush=True)
-            break
-        if at.step == 0 and epoch == args.first_stage + 1 and any(args.stages[0][:2]):  # it trained the head
-            gather()                                                # now the best of the first stage is there
-            student.model.load_state_dict(type(student.model).from_pretrained(folder / "model").state_dict())
-        objective.train()
-        SIGNAL["wait"] = True
-        began, groups = time.perf_counter(), batches(lengths, size, args.seed, epoch)[at.step:]
-        for group in progress(groups, f"epoch {epoch}"):
-            losses = 0
-            for rows, share in shards(group, args.batch_size):      # the loss is the mean over the group
-                values = net(rows)
-                scaler.scale(values[0] * share * WORLD).backward()  # several processes: the mean of theirs
-                losses += values.detach() * share
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(params, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            optimizer.zero_grad()
-            at.stepped(losses, len(group))
-        at.check()                                                  # waits for the device
-        seconds = time.perf_counter() - began
-        at.save()
-        SIGNAL["wait"] = False
-        loss, ce, kd, inter, mix = (sum(x) / len(labels) for x in zip(*(x for x, in gather(at.sums))))
-        metrics = evaluate(lambda split: predict(student, split), data)
-        row = {"epoch": epoch, "stage": stage, "layers_t": ild and ild.layers_t, "loss": loss,
-               "ce": ce, "kd": tables and kd, "ild": ild and inter, "mix": mix or None,
-               **watch(student, tables, ild, data)[0], "seconds": seconds, "metrics": metrics,
-               "examples_per_s": sum(map(len, groups)) / seconds, "score": metrics[data.metric]}
-        row["collapsed"] = before is not None and 1 - row["cosine_s"] < 0.1 * (1 - before)
-        row["skipped"] = schedule.last_epoch - int(next(iter(optimizer.state.values()))["step"]) or None
-        at.history, better = [*at.history, row], not best or row["score"] > best["score"]
-        if RANK == 0:
-            for name in ["model"] * better + [f"epoch-{epoch:03}"] * keep:
-                save(student, folder / name)
-            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in at.history))
-        at.epoch, at.step, at.sums = epoch + 1, 0, [0.0] * 5
-        shown = {k: row[k] for k in "epoch layers_t loss ce kd ild mix skipped seconds".split()} | metrics
-        note = f"\nWARNING: the student collapses: cosine_s was {before or 0:.3f} once" * row["collapsed"]
-        note += f"\nall epochs: about {(time.monotonic() - start) / 60 * args.epochs:.1f} min" * (epoch == 1)
-        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
-                if v is not None), "*" * better + note, sep="  ", flush=True)      # *: the best so far
-    return at.history
 
-def settings(args):                                                 # what results depend on
-    return {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items() if k not in NO_SETTINGS}
+def tokenize(encoder, texts, max_length):
+    """Texts, in one or two columns, cut to what tokenizer and positions allow -> `datasets.Dataset`
+    of input_ids, attention_mask, .. and their length."""
+    from datasets import Dataset
 
-def shards(group, size):                                # (rows, share of the group); as many in all processes
-    count = math.ceil(math.ceil(len(group) / WORLD) / size)
-    for rows in group[RANK::WORLD].tensor_split(count):
-        yield (rows, len(rows) / len(group)) if len(rows) else (group[:1], 0.0)
+    positions = getattr(encoder.model.config, "max_position_embeddings", 10**9)
+    # RoBERTa's positions begin at 2, and not every tokenizer knows a limit of its own
+    longest = min(max_length, encoder.tokenizer.model_max_length, positions - 2)
+    options = {"truncation": True, "max_length": longest, "return_length": True}
+    table = Dataset.from_dict({str(i): column for i, column in enumerate(texts)})
 
-def predict(side, split):                                           # logits (N, C), made by all processes
-    rows = torch.arange(len(side.texts[split][0]))
-    mine = torch.cat([rows.tensor_split(WORLD)[RANK], rows[:1]])    # one more, for there may be none
-    return torch.cat([logits for logits, in gather(side.map(split, mine)[0][:-1].cpu())])
+    def cut(batch):
+        return encoder.tokenizer(*batch.values(), **options)
 
-def measure(name, logits, labels):                           # 0 where it is not defined: constant predictions
-    from scipy import stats
-    from sklearn import metrics
-    known = {"accuracy": metrics.accuracy_score, "f1": metrics.f1_score,
-             "matthews": metrics.matthews_corrcoef, "pearson": stats.pearsonr, "spearman": stats.spearmanr}
-    guess = logits[:, 0] if labels.is_floating_point() else logits.argmax(1)
-    value = known[name](labels.numpy(), guess.numpy()) if len(labels) > 1 or name == "accuracy" else 0.0
-    return torch.tensor(getattr(value, "statistic", value), dtype=torch.float64).nan_to_num().item()
+    return table.map(cut, batched=True, remove_columns=table.column_names, new_fingerprint="cut")
 
-def evaluate(predict, data):                               # predict(split): logits (N, C); all dev sets apart
-    return {name + split[10:].replace("_matched", ""): measure(name, logits, data.labels[split])
-            for split in data.dev for logits in [predict(split)] for name in data.metrics}
 
 @torch.no_grad()
-def watch(student, tables, ild, data):
-    """On up to 256 dev examples: the mean cosine of different examples' pooled states, over the used layers;
-    the spread of the mapped vectors, sqrt(1 - |mean unit vector|^2), 0: all point one way; examples/s."""
-    used = (ild.layers_s if ild else range(1, student.blocks)) or [1]
-    student.encode(data.dev[0])
-    began = time.perf_counter()
-    pooled_s = student.map(data.dev[0], data.watched, ild.pool_tokens if ild else mean_pool, used)[1]
-    n, alike, sides = len(pooled_s), unit(pooled_s).mean(0).square().sum(-1).mean().item(), []
-    speed = n / (time.perf_counter() - began)
-    if ild and ild.layers_t and ild.distance.proj_s is not None:
-        sides = ild.distance.project(pooled_s, tables[data.dev[0]](data.watched, ild.layers_t)[1])
-    spreads = [sum((1 - unit(z).mean(0).square().sum()).clamp(min=0).sqrt().item() for z in side) / len(side)
-               for side in sides] or [None, None]
-    cosine = (n * alike - 1) / (n - 1) if n > 1 else None
-    return {"spread_s": spreads[0], "spread_t": spreads[1], "cosine_s": cosine}, speed
+def read_all(encoder, tokens, machine, rows=None, pool=None, layers=()):
+    """In eval mode, on the CPU: logits (N, C), and those layers pooled (N, k, d), of all examples
+    or of rows (N,), in their order."""
+    tokens = tokens if rows is None else tokens.select(rows.tolist())
+    order = torch.tensor(tokens["length"][:]).argsort(stable=True)  # batches with little padding
+    encoder.model.eval()
+    logits, pooled = [], []
+    for batch in order.split(64):
+        inputs = encoder.collate(tokens[batch.tolist()]).to(machine.device)
+        batch_logits, hidden, mask = encoder.run(inputs, machine)
+        logits.append(batch_logits.cpu())
+        states = [pool(hidden[i], mask).cpu() for i in layers]
+        pooled.append(torch.stack(states, dim=1) if states else torch.empty(len(batch), 0))
+    back = order.argsort()
+    return torch.cat(logits)[back], torch.cat(pooled)[back]
 
-def save(side, folder):                                             # written beside, then put in its place
-    partial = folder.with_suffix(".partial")
-    side.model.save_pretrained(partial)
-    side.tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
-def prepare_teacher(student, data, args, work):                 # -> teacher, tables, dev metrics, fitted loss
-    names = "teacher teacher_epochs teacher_lr teacher_seed weight_decay warmup max_length amp data keep"
-    key = hashlib.sha256(json.dumps([vars(args)[x] for x in names.split()]).encode()).hexdigest()[:12]
-    folder = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
-    made, = gather(folder.exists())[0]
-    *earlier, last = args.teacher.split(",")
-    torch.manual_seed(args.teacher_seed)                            # draws the head, if there is none
-    teacher = Side("teacher", str(folder / "model") if made else last, data, args)
-    ild = make_loss(student, teacher, args) if any(stage[2] for stage in args.stages) else None
-    if not teacher.ready and not earlier:
-        print(f"teacher  {teacher.title} has no head for the task: fine-tuned first for {folder}", flush=True)
-        tuning = {"epochs": args.teacher_epochs, "patience": args.teacher_epochs, "lr": args.teacher_lr,
-                  "seed": args.teacher_seed, "stages": WEIGHTS["none"], "grad_accumulation": 1,
-                  "first_stage": args.teacher_epochs, "batch_size": max(1, 32 // WORLD)}
-        train(teacher, data, argparse.Namespace(**vars(args) | tuning), work, keep=args.keep)
-        if RANK == 0:
-            with contextlib.suppress(OSError):                      # another run was faster
+# ------------------------------------------------------------------------ the teacher's outputs
+class TeacherOutputs(NamedTuple):
+    """What the frozen teacher says of a split, computed once: logits.npy (N, C) in 32 bits and, if
+    its layers are wanted, pooled.npy (N, n, d_t) in 16 bits, of blocks 1..n."""
+
+    folder: Path
+
+    def read(self, rows, layers=None) -> Tensor:
+        """Logits (B, C), or pooled states (B, k, d_t) of those layers; nothing else is read."""
+        import numpy as np
+
+        path, where = self.folder / "logits.npy", rows.numpy()
+        if layers is not None:
+            path, where = self.folder / "pooled.npy", np.ix_(where, np.array(layers) - 1)
+        with as_user_error(f"{path} is damaged: delete its folder"):
+            # opened anew each time, for 0.1 ms: a memory map sent to a worker copies its data
+            return torch.from_numpy(np.load(path, mmap_mode="r")[where])
+
+
+def read_teacher(teacher, tokens, pool, config, machine) -> TeacherOutputs:
+    """The teacher's pass over a split, by the first process, unless an earlier run has made it. The
+    folder's name is a hash of all that it depends on: what has changed never meets old outputs."""
+    content = [FORMAT, pool and pool.__name__, str(machine.dtype), str(teacher.model.config)]
+    content += [teacher.tokenizer.padding_side, str(teacher.order)]
+    key = hashlib.sha256(json.dumps(content).encode())
+    for batch in tokens.iter(1000):
+        key.update(json.dumps(batch).encode())
+    for tensor in teacher.model.state_dict().values():
+        key.update(tensor.cpu().contiguous().numpy())
+    cache = Path(config.teacher_cache or Path(config.output_dir, "teacher-cache"))
+    outputs = TeacherOutputs(cache / key.hexdigest()[:16])
+    if machine.rank == 0 and not outputs.folder.exists():
+        run = os.path.realpath(config.output_dir) + config.task + config.run_name
+        owner = "-" + hashlib.sha256(run.encode()).hexdigest()[:8]
+        with whole(outputs.folder, owner, once=True) as unfinished:
+            write_outputs(unfinished, teacher, tokens, pool, machine)
+    machine.agree()
+    outputs.read(torch.arange(1), [1] if pool else None)  # damage is told now, not in a worker
+    return outputs
+
+
+def write_outputs(folder, teacher, tokens, pool, machine):
+    """In row order, chunk by chunk, by ordinary writes: a full disk is then an error and not, as it
+    is through a memory map, a crash without a word."""
+    import numpy as np
+    from tqdm import tqdm
+
+    logits, layers = [], range(1, teacher.num_layers + 1) if pool else ()
+    shape = len(tokens), len(layers), teacher.width
+    if pool:
+        print(f"cache    {math.prod(shape) * 2 / 1e6:.1f} MB for {folder.parent}", flush=True)
+    folder.mkdir()
+    with open(folder / "pooled.npy" if pool else os.devnull, "wb") as file:  # no layers, no file
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        chunks = torch.arange(len(tokens)).split(2048)
+        for rows in tqdm(chunks, "teacher", leave=False, disable=None):
+            chunk_logits, pooled = read_all(teacher, tokens, machine, rows, pool, layers)
+            logits.append(chunk_logits)
+            file.write(pooled.clamp(-65504, 65504).half().numpy().tobytes())  # 16 bits' range
+    np.save(folder / "logits.npy", torch.cat(logits).numpy())
+
+
+# ------------------------------------------------------------------------------------- batches
+class TrainingSet(Dataset):
+    """Request -> all that a step needs, on the CPU. A request is rows (B,), layers of the teacher's
+    states, its checkpoint for its logits, or None: what changes by epoch travels in it, as a worker
+    that lives on never sees what the training process changes later."""
+
+    def __init__(self, student, tokens, data, outputs=()):
+        self.tokens, self.collate, self.outputs = tokens, student.collate, outputs
+        self.labels, self.fingerprint = data.labels["train"], data.fingerprint
+        self.lengths = torch.tensor(tokens["length"][:])  # (N,)
+
+    def __getitem__(self, request):
+        rows, layers_t, checkpoint = request
+        batch = {**self.collate(self.tokens[rows.tolist()]), "rows": rows}
+        batch["answers"] = self.labels[rows]
+        if checkpoint is not None:
+            batch["logits_t"] = self.outputs[checkpoint].read(rows)
+        if layers_t is not None:
+            batch["pooled_t"] = self.outputs[-1].read(rows, layers_t)
+        return batch
+
+    def draw(self, size, seed, epoch, machine):
+        """Rows in batches of like length, in an order that depends on seed and epoch alone -> this
+        process's share of each. Shares are equal: the epoch's start fills up the last batch."""
+        key = random.Random(f"batches {seed} {epoch}").getrandbits(63)
+        generator = torch.Generator().manual_seed(key)
+        rows = torch.randperm(len(self.lengths), generator=generator)
+        if machine.num_processes > 1:
+            rows = rows[torch.arange(math.ceil(len(rows) / size) * size) % len(rows)]
+        batches = []
+        for part in rows.split(50 * size):
+            batches += part[self.lengths[part].argsort(stable=True)].split(size)
+        order = torch.randperm(len(batches), generator=generator)
+        return [batches[i][machine.rank :: machine.num_processes] for i in order]
+
+
+def ignore_signals(worker):
+    """The training process decides what Ctrl-C means, and ends its workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def make_loader(training_set, requests, machine):
+    """One for all epochs, as starting workers takes seconds: `requests`, a list, is refilled. They
+    make batches while a GPU computes; a CPU has no cores to spare for them."""
+    options = {"num_workers": 2, "persistent_workers": True, "pin_memory": True}
+    if machine.device.type != "cuda":
+        options = {}
+    options |= {"sampler": requests, "batch_size": None}  # a request is a batch
+    options["generator"] = torch.Generator()  # else every epoch draws from the global one
+    return DataLoader(training_set, worker_init_fn=ignore_signals, **options)
+
+
+# ------------------------------------------------------------------------------------ training
+def mixup_loss(mixed: Tensor, clean: Tensor, share: float) -> Tensor:
+    """CR-ILD's consistency (Ko et al., 2023): squared distance of unit states (B, m, d) of mixed
+    inputs, a share of each text and the rest of the reversed batch's, from both clean ones."""
+    mixed, clean = unit(mixed), unit(clean).detach()
+    to_own = (mixed - clean).square().sum(-1).mean()
+    to_other = (mixed - clean.flip(0)).square().sum(-1).mean()
+    return share * to_own + (1 - share) * to_other
+
+
+class Objective(nn.Module):
+    """What a stage trains, and Eq. 4: loss = w_ce CE + w_kd KD + w_ild ILD (+ w_mix MIX)."""
+
+    number = 1  # of the stage, for the log
+
+    def __init__(self, student, stage, epochs, config, machine, num_checkpoints=0, ild=None):
+        super().__init__()
+        self.student, self.stage, self.epochs, self.machine = student, stage, epochs, machine
+        self.model, self.ild = student.model, ild if stage.ild else None
+        self.temperature, self.num_checkpoints = config.temperature, num_checkpoints
+        self.max_temperature = (config.max_temperature or 7.0) if stage.anneal else None
+        self.checkpoint = num_checkpoints - 1 if num_checkpoints else None  # the teacher itself
+        self.layers_t = None
+
+    def set_epoch(self, epoch):
+        """All that changes by epoch: the draw, whose logits are followed, how softly, mix-up."""
+        past, length = epoch - self.epochs.start, len(self.epochs)  # past: 0..E-1
+        self.progress = (past + 1) / length  # CR-ILD: e / E
+        if self.stage.anneal:  # Pro-KD: checkpoints in order; the temperature falls to 1
+            self.checkpoint = past * self.num_checkpoints // length
+            self.temperature = 1 + (self.max_temperature - 1) * (1 - past / max(1, length - 1))
+        if self.ild:
+            self.ild.set_epoch(epoch)
+            self.layers_t = self.ild.layers_t
+
+    def forward(self, batch):
+        """A batch of TrainingSet -> the loss and, detached, its terms, means over the batch."""
+        logits_s, hidden_s, mask_s = self.student.run(batch, self.machine)
+        labels = batch["answers"]
+        fit = F.mse_loss if labels.is_floating_point() else F.cross_entropy
+        terms = {"ce": fit(logits_s.squeeze(1), labels)}  # a regression's (B, 1) -> (B,)
+        if "logits_t" in batch:
+            temperatures = self.temperature, self.max_temperature
+            terms["kd"] = kd_loss(logits_s, batch["logits_t"], *temperatures)
+        if "pooled_t" in batch:
+            slots = self.ild.layers_s, self.ild.num_layers_s
+            pooled_s = self.ild.pool(hidden_s, mask_s, *slots)
+            terms["ild"] = self.ild.distance(pooled_s, batch["pooled_t"], batch["rows"], labels)
+        if self.stage.mix:
+            share = 0.5 + abs(torch.rand(()).item() - 0.5)  # max(b, 1 - b), b of Beta(1, 1)
+            _, hidden, mask = self.student.run(batch, self.machine, share)
+            mixed = self.ild.pool(hidden, mask, *slots)
+            terms["mix"] = self.progress * mixup_loss(mixed, pooled_s, share)
+        weights = self.stage._asdict()
+        loss = sum(weights[name] * terms[name] for name in terms if weights[name])
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+def make_parts(objective, config, machine, num_steps):
+    """All that has a state. No weight decay for biases and norms, of one dimension."""
+    from transformers import get_linear_schedule_with_warmup
+
+    params = [p for p in objective.parameters() if p.requires_grad]
+    flat = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
+    other = {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay}
+    optimizer = torch.optim.AdamW([other, flat], lr=config.lr, fused=True)
+    warmup = round(config.warmup * num_steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, num_steps)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    return {"objective": objective, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+
+
+def load_checkpoint(path, facts, parts) -> list:
+    """The state after the last whole epoch -> its rows. Each epoch has a random seed of its own."""
+    if not path.exists():
+        return []
+    with as_user_error(f"{path} is damaged: delete it and start again"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        changed = changed_settings(facts, content.get("facts"))
+    if changed:
+        raise UserError(f"{path} is of a run with other {changed}: pass the same, or delete it")
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    print(f"resumed after epoch {content['rows'][-1]['epoch']}", flush=True)
+    return content["rows"]
+
+
+def save_epoch(folder, student, wanted, log, checkpoint):
+    """In this order: a run that is killed in between makes the epoch again, to the same bits."""
+    for name in wanted:
+        if wanted[name]:
+            with whole(folder / name) as unfinished:
+                student.model.save_pretrained(unfinished)
+                student.tokenizer.save_pretrained(unfinished)
+    with whole(folder / "log.jsonl") as unfinished:
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in log))
+    with whole(folder / "checkpoint.pt") as unfinished, open(unfinished, "wb") as file:
+        torch.save(checkpoint, file)
+
+
+def check_finite(names, values, where):
+    """Waits for the device. UserError: there is nothing to go on with."""
+    if not values.isfinite().all():
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+        raise UserError(f"{where}: {terms}: lower --lr? The best epoch so far stays")
+
+
+def train_epoch(net, loader, parts, machine, epoch):
+    """One pass over the training data -> loss and terms, means over all examples, and the time."""
+    from tqdm import tqdm
+
+    optimizer, scaler = parts["optimizer"], parts["scaler"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    began, sums, count = time.perf_counter(), 0.0, 0
+    net.train()
+    bar = tqdm(loader, f"epoch {epoch}", leave=False, disable=machine.rank > 0 or None)
+    for step, batch in enumerate(bar, 1):
+        terms = net({name: x.to(machine.device, non_blocking=True) for name, x in batch.items()})
+        scaler.scale(terms["loss"]).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        parts["schedule"].step()
+        optimizer.zero_grad()
+        sums = sums + torch.stack([*terms.values()]).detach() * len(batch["rows"])
+        count += len(batch["rows"])
+        if step % 50 == 0 or step == len(loader):
+            check_finite(terms, sums / count, f"epoch {epoch}, step {step}")
+    if machine.num_processes > 1:  # of equal shares
+        torch.distributed.all_reduce(sums)
+        count *= machine.num_processes
+    means = dict(zip(terms, (sums / count).tolist(), strict=True))
+    seconds = time.perf_counter() - began
+    times = {"seconds": seconds, "examples_per_s": count / seconds}
+    return dict.fromkeys(["loss", "ce", "kd", "ild", "mix"]) | means | times
+
+
+def train(objective, training_set, evaluate, config, machine, folder, earlier=(), keep=False):
+    """One stage: for each epoch draw, train, evaluate, keep the best, log, checkpoint. Into the
+    folder go model/, the best epoch by evaluate()'s "score" (keep: each one too), log.jsonl, and
+    checkpoint.pt, from which the same call goes on. -> the rows of all stages so far."""
+    net, requests = objective, []
+    if machine.num_processes > 1:
+        options = {"broadcast_buffers": False, "find_unused_parameters": True}
+        net = nn.parallel.DistributedDataParallel(objective, **options)
+    loader = make_loader(training_set, requests, machine)
+    size = config.batch_size * machine.num_processes
+    num_steps = math.ceil(len(training_set.lengths) / size) * len(objective.epochs)
+    parts = make_parts(objective, config, machine, num_steps)
+    facts = config.settings | {"data": training_set.fingerprint, "precision": str(machine.dtype)}
+    facts["processes"] = machine.num_processes
+    rows = load_checkpoint(folder / "checkpoint.pt", facts, parts)
+    for epoch in objective.epochs[len(rows) :]:
+        best = max(rows, key=lambda row: row["score"], default={"score": -math.inf, "epoch": epoch})
+        if epoch - best["epoch"] > config.patience:
+            print(f"stopped: nothing better for {config.patience} epochs", flush=True)
+            break
+        torch.manual_seed(random.Random(f"{config.seed} {epoch} {machine.rank}").getrandbits(63))
+        objective.set_epoch(epoch)
+        batches = training_set.draw(size, config.seed, epoch, machine)
+        requests[:] = [(batch, objective.layers_t, objective.checkpoint) for batch in batches]
+        row = {"epoch": epoch, "stage": objective.number, "layers_t": objective.layers_t}
+        row |= train_epoch(net, loader, parts, machine, epoch)
+        row = machine.agree(row | evaluate() if machine.rank == 0 else None)
+        rows.append(row)
+        better = row["score"] > best["score"]
+        print(describe_epoch(row), "*" if better else "", flush=True)
+        if machine.rank == 0:
+            checkpoint = {name: part.state_dict() for name, part in parts.items()}
+            checkpoint |= {"facts": facts, "rows": rows}
+            wanted = {"model": better, f"epoch-{epoch:03}": keep}
+            save_epoch(folder, objective.student, wanted, [*earlier, *rows], checkpoint)
+    return [*earlier, *rows]
+
+
+def describe_epoch(row):
+    """One line: what is there of it, rounded."""
+    names = ["epoch", "layers_t", "loss", "ce", "kd", "ild", "mix", "cosine_s", "seconds"]
+    shown = {name: row[name] for name in names} | row["metrics"]
+    shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in shown.items()}
+    return "  ".join(f"{name} {x}" for name, x in shown.items() if x is not None)
+
+
+# ---------------------------------------------------------------------------------- evaluation
+def measure(name, logits, labels):
+    """A score of logits (N, C) against labels (N,); 0 where it is undefined (constant answers)."""
+    import pandas
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    if not labels.is_floating_point():
+        scores = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
+        return float(scores[name](labels.numpy(), logits.argmax(dim=1).numpy()))
+    table = pandas.DataFrame({"label": labels.numpy(), "answer": logits[:, 0].numpy()})
+    value = float(table.corr(name, min_periods=len(table)).loc["label", "answer"])
+    return value if math.isfinite(value) else 0.0
+
+
+def evaluate(encoder, tokens, data, machine, pool, layers):
+    """-> metrics, the score that selects the epoch, and cosine_s, the alarm for a collapse."""
+    metrics = data.score(lambda split: read_all(encoder, tokens[split], machine)[0])
+    cosine = mean_cosine(encoder, tokens[data.dev[0]], machine, pool, layers)
+    return {"metrics": metrics, "score": next(iter(metrics.values())), "cosine_s": cosine}
+
+
+def mean_cosine(encoder, tokens, machine, pool, layers):
+    """Mean cosine of the pooled states of different examples, over the layers in use: 1 where all
+    point one way. On up to 256 examples, the same in all runs; 0 if there is but one."""
+    size = len(tokens)
+    rows = torch.arange(0, size, math.ceil(size / 256))
+    states = unit(read_all(encoder, tokens, machine, rows, pool, layers)[1])  # (n, m, d)
+    n = len(states)
+    all_pairs = states.mean(0).square().sum(-1).mean().item()
+    return (n * all_pairs - 1) / max(1, n - 1)  # without those of an example with itself
+
+
+# --------------------------------------------------------------------------------- the teacher
+def load_teacher(name, data, config, machine) -> Encoder:
+    """One of the command line; --teacher-labels puts its logits into the task's order."""
+    teacher, theirs = load_encoder("teacher", name, data, machine), config.teacher_labels
+    if config.teacher_names[1:] and not teacher.has_trained_head:
+        raise UserError(f"the teacher {teacher.title} has no head for the task")
+    if theirs and teacher.has_trained_head and name in config.teacher_names:
+        if sorted(theirs.split(",")) != sorted(data.names):
+            raise UserError(f"--teacher-labels: name each label once, they are {data.names}")
+        teacher.order = [theirs.split(",").index(label) for label in data.names]
+    return teacher
+
+
+def prepare_teacher(data, config, machine, work) -> Encoder:
+    """The teacher with a head for the task: as it is, or fine-tuned, now or by an earlier run."""
+    common = ("teacher", "max_length", "weight_decay", "warmup", "keep_teacher_epochs")
+    options = {name: getattr(config, name) for name in common}
+    options |= {"epochs": config.teacher_epochs, "patience": config.teacher_epochs}
+    options |= {"lr": config.teacher_lr, "seed": config.teacher_seed}
+    tuning = Config(method="none", **options)  # all that fine-tuning depends on, and no more
+    content = json.dumps([tuning.settings, data.fingerprint, str(machine.dtype)])
+    key = hashlib.sha256(content.encode()).hexdigest()[:12]
+    name = config.teacher_names[-1]
+    folder = Path(config.output_dir, config.task, f"teacher-{Path(name).name}-{key}")
+    if not machine.agree(folder.exists()):
+        torch.manual_seed(config.teacher_seed)  # draws the head, if there is none
+        teacher = load_teacher(name, data, config, machine)
+        if teacher.has_trained_head:
+            return teacher
+        print(f"teacher  {teacher.title} has no head: fine-tuned for {folder}", flush=True)
+        tuning = replace(tuning, batch_size=max(1, tuning.batch_size // machine.num_processes))
+        tokens = {x: tokenize(teacher, data.texts[x], config.max_length) for x in data.texts}
+        train_stages(teacher, tokens, data, tuning, machine, work, keep=config.keep_teacher_epochs)
+        if machine.rank == 0:
+            remove(work / "checkpoint.pt")
+            with contextlib.suppress(OSError):  # another run was faster
                 work.rename(folder)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        gather()
-        teacher, made = Side("teacher", str(folder / "model"), data, args), True
-    earlier = sorted(map(str, folder.glob("epoch-*"))) if made else earlier
-    sides = [Side("teacher", path, data, args) for path in earlier if args.max_temperature]
-    sides += [teacher] * (not made or not sides)                    # in training order
-    for side in [teacher, *sides]:
-        need(side.ready, f"the teacher {side.title} has no head for the task")
-        if args.teacher_labels and not made:                        # our own answers in the task's order
-            need(sorted(args.teacher_labels) == sorted(data.names or []),
-                 f"--teacher-labels: name each of the task's labels once, they are {data.names}")
-            side.order = [args.teacher_labels.index(name) for name in data.names]
-    pool, cache = POOLINGS[METHODS[args.method][2]], args.teacher_cache or f"{args.output_dir}/teacher-cache"
-    tables = {split: Table(teacher, split, pool, cache) for split in data.dev}
-    answers = {x: table(torch.arange(len(data.labels[x])), ())[0].cpu() for x, table in tables.items()}
-    metrics = evaluate(answers.get, data)
-    if data.names and not made and not args.teacher_labels:
-        check_order(answers[data.dev[0]].argmax(1), data.labels[data.dev[0]], data.names)
-    weak = metrics[data.metric] <= data.floor + 0.01
-    print(f"teacher  {teacher.title}; dev {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}; majority "
-          f"baseline {data.floor:.4f}" + "\nWARNING: the teacher is no better; untrained?" * weak, flush=True)
-    if args.max_temperature:
-        print(f"pro-kd: {len(sides)} checkpoint(s) of the teacher" + ": Annealing-KD" * (len(sides) == 1))
-    tables["train"] = [Table(x, "train", pool if ild or not sides[1:] else None, cache) for x in sides]
-    if ild and ild.distance.proj_s is not None and ild.distance.start == "ridge":
-        rows = random.Random("ridge").sample(range(n := len(data.labels["train"])), min(2000, n))
-        pooled_t = tables["train"][-1](rows := torch.tensor(rows), ild.all_t)[1]
-        pooled_s = student.map("train", rows, ild.pool_tokens, ild.layers_s)[1]
-        ild.distance.fit(pooled_s, pooled_t, ild.chances())
-    return teacher, tables, metrics, ild
+        machine.agree()
+    return load_encoder("teacher", str(folder / "model"), data, machine)
 
-def check_order(answers, labels, names):                         # an assignment on the confusion matrix tells
+
+def check_label_order(answers, labels, names):
+    """UserError where the teacher would be right far more often with its labels reordered: 0 may be
+    contradiction to a hub teacher for MNLI, and is entailment in GLUE. answers, labels: (N,)."""
     from scipy.optimize import linear_sum_assignment
-    confusion = F.one_hot(labels, len(names)).T / len(labels) @ F.one_hot(answers, len(names)).float()
-    best = linear_sum_assignment(-confusion)[1].tolist()                    # label i is answer best[i]
-    now, then = confusion.trace(), confusion[range(len(names)), best].sum()
-    order = ",".join(names[best.index(answer)] for answer in range(len(names)))
-    need(then <= now + 0.1 or len(answers.unique()) == 1, f"the teacher's dev accuracy is {now:.3f}, with "
-         f"its labels reordered {then:.3f}: pass --teacher-labels {order} (or the right order)")
+    from sklearn.metrics import confusion_matrix
 
-def make_loss(student, teacher, args):
-    options = {x: y for x in "proj_dim teacher_proj start shared".split() if (y := vars(args)[x]) is not None}
-    torch.manual_seed(args.seed)                                    # whatever was drawn for the teacher
-    try:
-        return IntermediateLoss(args.method, student.blocks, teacher.blocks, student.width, teacher.width,
-                                args.seed, args.select, args.distance, **options,
-                                num_examples=len(student.texts["train"][0])).to(args.device)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{args.method}: {error} (deeper than the teacher? {student.title}, {teacher.title})")
+    share = confusion_matrix(labels, answers, labels=range(len(names))) / len(labels)
+    rows, columns = linear_sum_assignment(-share)  # for label rows[i] it answers columns[i]
+    now, then = share.trace(), share[rows, columns].sum()
+    if then > now + 0.1 and len(answers.unique()) > 1:
+        order = ",".join(names[row] for row in columns.argsort())
+        found = f"the teacher's dev accuracy is {now:.3f}, with its labels reordered {then:.3f}"
+        raise UserError(f"{found}: pass --teacher-labels {order} (or the right order)")
 
-def run(args):                                                      # a finished run tells its results again
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    name = "-".join(filter(None, (args.method, args.select, args.distance, f"seed{args.seed}")))
-    folder, config = Path(args.output_dir, args.task, name), settings(args)
-    *models, own = [os.path.realpath(x) for x in (*args.teacher.split(","), args.student)]
-    need(args.method == "none" or own not in models, "teacher and student are one and the same model")
-    need(args.method == "pro-kd" or not (args.max_temperature or models[1:]), "many teachers, T_max: pro-kd")
-    need(not any(x == os.path.realpath(args.output_dir) or Path(x).is_relative_to(os.path.realpath(folder))
-                 for x in (*models, own)), f"{folder} is where results go: models must lie elsewhere")
-    if args.overwrite or not (folder / "results.json").exists():
-        distil(args, folder, config)
-    results = load(folder / "results.json")
-    changed = ", ".join(k for k in config if config[k] != (results.get("config") or {}).get(k))
-    need(not changed, f"{folder} holds a run with other {changed}; --overwrite it?")
-    for side, score in (("teacher", results["teacher_score"]), ("student", results["best_score"])):
-        if score is not None:
-            print(f"{side}  {results['metric']} {score:.4f}, {results[f'params_{side[0]}'] / 1e6:.2f} M "
-                  f"parameters, answers {results[f'speed_{side[0]}']:.0f} examples/s")
-            if score <= results["floor"] + 0.01 or side == "student" and results["collapsed"]:
-                print(f"WARNING: the {side} has learned nothing: majority baseline {results['floor']:.4f}" +
-                      ", its states are all alike" * (results["collapsed"] and side == "student"))
-    print(f"epoch {results['best_epoch']} is in {results['model']}; to run it anew: --overwrite", flush=True)
+
+def score_teacher(teacher, data, config, machine) -> dict:
+    """What results.json says of it, with its metrics on dev from its cached outputs, by which the
+    order of a given teacher's labels is checked."""
+    answers, dev = {}, data.dev[0]
+    for split in data.dev:
+        tokens = tokenize(teacher, data.texts[split], config.max_length)
+        outputs = read_teacher(teacher, tokens, None, config, machine)
+        answers[split] = outputs.read(torch.arange(len(data.labels[split])))
+    metrics = data.score(answers.get)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"teacher  {teacher.title}; {scores}; majority baseline {data.floor:.4f}", flush=True)
+    if data.names and not config.teacher_labels and teacher.name in config.teacher_names:
+        check_label_order(answers[dev].argmax(dim=1), data.labels[dev], data.names)
+    score = next(iter(metrics.values()))
+    if score <= data.floor + 0.01:
+        print("WARNING: the teacher is no better than the majority baseline; untrained?")
+    facts = {"teacher": teacher.name, "params_t": teacher.num_params}
+    return facts | {"teacher_score": score, "teacher_metrics": metrics}
+
+
+def read_checkpoints(teacher, data, config, machine) -> list[TeacherOutputs]:
+    """The outputs on the training data: of the teacher, or, for Pro-KD, of each of its checkpoints
+    in training order, the epochs of our own fine-tuning or those of the command line."""
+    names, pool, outputs = [teacher.name], METHODS[config.method].pool, []
+    if config.uses("anneal"):
+        ours = sorted(str(path) for path in Path(teacher.name).parent.glob("epoch-*"))
+        names = ours or config.teacher_names
+        alone = "" if names[1:] else ", alone: Annealing-KD"
+        print(f"{len(names)} checkpoint(s) of the teacher{alone}", flush=True)
+        pool = pool if config.uses("ild") else None  # else kept all the same, for other methods
+    for name in names:
+        encoder = teacher if name == teacher.name else load_teacher(name, data, config, machine)
+        tokens = tokenize(encoder, data.texts["train"], config.max_length)
+        outputs.append(read_teacher(encoder, tokens, pool, config, machine))
+    return outputs
+
+
+def make_loss(student, num_examples, config, machine) -> IntermediateLoss:
+    """The method's, with the options of the command line. UserError: teacher and student do not go
+    together, before either is trained."""
+    import transformers as hf
+
+    name = config.teacher_names[-1]
+    with as_user_error(f"cannot load the teacher {name}", "" if os.path.exists(name) else ADVICE):
+        teacher = hf.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    names = ("select", "distance", "proj_dim", "teacher_proj", "start", "shared")
+    flags = {**asdict(config), "shared": config.shared_proj}
+    options = {name: flags[name] for name in names if flags[name] is not None}
+    if DISTANCES[config.distance or METHODS[config.method].distance] is ContrastiveDistance:
+        options["num_examples"] = num_examples
+        if machine.num_processes > 1:
+            raise UserError("a memory bank is of one process: no torchrun")
+    blocks, widths = (
+        (student.num_layers, teacher.num_hidden_layers),
+        (student.width, teacher.hidden_size),
+    )
+    torch.manual_seed(config.seed)
+    with as_user_error(f"--method {config.method}, {blocks[0]} blocks of {blocks[1]}"):
+        return IntermediateLoss(config.method, *blocks, *widths, config.seed, **options)
+
+
+def start_maps(ild, student, tokens, outputs, machine):
+    """The ridge start, on up to 2,000 training examples."""
+    size = len(tokens)
+    rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
+    pooled_s = read_all(student, tokens, machine, rows, ild.pool_tokens, ild.layers_s)[1]
+    pooled_t = outputs.read(rows, range(1, ild.num_layers_t + 1))
+    ild.fit_pooled(pooled_s, pooled_t.float())
+    ild.to(machine.device)
+
+
+# ------------------------------------------------------------------------------------- the run
+def run(config) -> dict:
+    """Distil, or, where that is done already, tell the stored results again."""
+    folder = Path(config.output_dir, config.task, config.run_name)
+    if config.overwrite or not (folder / "results.json").exists():
+        distil(config, folder)
+    results = read_json(folder / "results.json")
+    changed = changed_settings(config.settings, results.get("config"))
+    if changed:
+        raise UserError(f"{folder} holds a run with other {changed}; --overwrite it?")
+    if os.environ.get("RANK", "0") == "0":
+        clear(folder)
+    metric, score, floor = results["metric"], results["best_score"], results["floor"]
+    if results["teacher_score"] is not None:
+        print(f"teacher  {metric} {results['teacher_score']:.4f}")
+    print(f"student  {metric} {score:.4f} in epoch {results['best_epoch']}")
+    if score <= floor + 0.01:
+        print(f"WARNING: the student has learned nothing: baseline {floor:.4f}")
+    if results["collapsed"]:
+        print("WARNING: the student has collapsed, its states are all alike")
+    print(f"model    {results['model']}; to train it anew: --overwrite")
     return results
 
-def distil(args, folder, config):                                   # from the data to the finished student
-    began = time.perf_counter()
-    set_up(args)
-    if args.task == "toy":
-        args.teacher = toy_model(Path(args.output_dir, "toy", "untrained-teacher"), 4, 96)
-        args.student = toy_model(Path(args.output_dir, "toy", "untrained-student"), 3, 16)
-        gather()
-    data, teacher, tables, ild, metrics_t = load_data(args), None, None, None, {}
-    content = json.dumps([data.texts, data.names, *(x.tolist() for x in data.labels.values())])
-    args.data, args.processes = hashlib.sha256(content.encode()).hexdigest()[:12], WORLD    # for checkpoints
-    torch.manual_seed(args.seed)                                    # draws the student's head
-    student = Side("student", args.student, data, args)
-    need(not args.stages[0][3] or "inputs_embeds" in student.takes, f"{args.student} takes no inputs_embeds")
-    if any(any(stage[1:]) for stage in args.stages):
-        teacher, tables, metrics_t, ild = prepare_teacher(student, data, args, folder / "teacher")
-        shutil.rmtree(folder / "teacher", ignore_errors=True)       # where another run was faster
-    weights = ", then ".join(" ".join(f"{w:.2g}" for w in stage) for stage in args.stages)
-    pairs = f"{ild.layers_s} <- {ild.layers_t or f'a draw of 1..{teacher.blocks - 1}'}" if ild else "none"
-    print(f"student  {student.title}\n"
-          f"data     {args.task}, {', '.join(f'{split} {len(x)}' for split, x in data.labels.items())}; "
-          f"{data.metric} on {data.dev[0]} selects the epoch\n"
-          f"method   {folder.name}; layers {pairs}; CE KD ILD MIX {weights}\n"
-          f"training {args.epochs} epochs, batch {args.batch_size} x {args.grad_accumulation} x {WORLD}, lr "
-          f"{args.lr}, {args.dtype}, {args.device}; ready in {time.perf_counter() - began:.1f} s", flush=True)
-    for name in ["checkpoint.pt", "results.json"] * (RANK == 0 and (folder / "results.json").exists()):
-        (folder / name).unlink(missing_ok=True)                     # --overwrite: nothing of it is used
-    history = train(student, data, args, folder, tables, ild)
-    best = max((x for x in history if x["stage"] == len(args.stages)), key=lambda row: row["score"])
-    results = {
-        "task": args.task, "method": args.method, "seed": args.seed, "metric": data.metric,
-        "best_score": best["score"], "best_epoch": best["epoch"], "last_score": history[-1]["score"],
-        "teacher_score": metrics_t.get(data.metric), "teacher_metrics": metrics_t, "floor": data.floor,
-        "params_s": student.params, "params_t": teacher and teacher.params, "collapsed": best["collapsed"],
-        "speed_s": watch(student, None, None, data)[1], "model": str(folder / "model"), "config": config,
-        "speed_t": teacher and watch(teacher, None, None, data)[1], "precision": str(args.dtype),
-        "versions": {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")},
-        "device": str(args.device), "history": history}
-    if RANK == 0:
-        (folder / "results.partial").write_text(json.dumps(results, indent=1))
-        (folder / "results.partial").rename(folder / "results.json")
-        (folder / "checkpoint.pt").unlink()
-    gather()
 
-def report(folder):                                                 # of finished runs: mean ± std over seeds
-    from statistics import mean, stdev as sd
-    cells = {}                                                      # a teacher counts once for all seeds
+def clear(folder, *more):
+    """What is of no use once a run is finished, or is to be overwritten."""
+    for pattern in ("checkpoint.pt", "stage-*", "teacher", "*.partial", *more):
+        for path in folder.glob(pattern):
+            remove(path)
+
+
+def make_toy_models(config, machine):
+    """The untrained models of the toy task, where `parse` expects them."""
+    if config.task == "toy" and machine.rank == 0:
+        toy_model(Path(config.output_dir, "toy", "teacher"), 4, 96)
+        toy_model(Path(config.output_dir, "toy", "student"), 3, 16)
+    machine.agree()
+
+
+def consult_teacher(student, tokens, data, config, machine, work):
+    """-> what results.json says of the teacher, its outputs on the training data (of each of its
+    checkpoints), and the loss between layers, ready to train."""
+    results = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
+    outputs, ild = [], None
+    if config.uses("ild"):
+        ild = make_loss(student, len(tokens), config, machine)
+    if config.uses("kd", "ild"):
+        teacher = prepare_teacher(data, config, machine, work)
+        results = score_teacher(teacher, data, config, machine)
+        outputs = read_checkpoints(teacher, data, config, machine)
+        teacher.model.requires_grad_(False).to("cpu")  # from here on its outputs are all we need
+    if ild:
+        start_maps(ild, student, tokens, outputs[-1], machine)
+    return results, outputs, ild
+
+
+def distil(config, folder):
+    """From the data to the finished student in its folder."""
+    prepare_libraries(config)
+    keep_memory()
+    machine = find_machine(config)
+    make_toy_models(config, machine)
+    data = load_data(config)
+    torch.manual_seed(config.seed)  # draws the student's head
+    student = load_encoder("student", config.student, data, machine)
+    if config.uses("mix") and "inputs_embeds" not in student.inputs:
+        raise UserError(f"{config.student} takes no inputs_embeds, which mix-up needs")
+    tokens = {x: tokenize(student, data.texts[x], config.max_length) for x in data.texts}
+    work = folder / "teacher"
+    results, outputs, ild = consult_teacher(student, tokens["train"], data, config, machine, work)
+    device = f"{machine.device}, {machine.dtype}"
+    print(f"student  {student.title}; {len(data.labels['train'])} training examples")
+    print(f"method   {config.run_name}; {device}", flush=True)
+    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
+        clear(folder, "results.json")
+    machine.agree()
+    results |= train_stages(student, tokens, data, config, machine, folder, outputs, ild)
+    libraries = ("torch", "transformers", "datasets")
+    results |= {
+        "task": config.task,
+        "method": config.method,
+        "seed": config.seed,
+        "labels": data.names or None,
+        "floor": data.floor,
+        "params_s": student.num_params,
+        "model": str(folder / "model"),
+        "config": config.settings,
+        "versions": {name: version(name) for name in libraries},
+        "device": device,
+    }
+    if machine.rank == 0:
+        with whole(folder / "results.json") as unfinished:
+            unfinished.write_text(json.dumps(results, indent=1))
+    machine.agree()
+
+
+def train_stages(student, tokens, data, config, machine, folder, outputs=(), ild=None, keep=False):
+    """The method's stages, one call of `train` after the other -> what results.json says of them.
+    All but the last work in a folder of their own and are not stopped early."""
+    pool, layers, history = mean_pool, range(1, max(2, student.num_layers)), []
+    if ild:
+        pool, layers = ild.pool_tokens, ild.layers_s
+    score = partial(evaluate, student, tokens, data, machine, pool, layers)
+    before = mean_cosine(student, tokens[data.dev[0]], machine, pool, layers)
+    for i, (stage, epochs) in enumerate(zip(config.stages, config.stage_epochs, strict=True), 1):
+        path, options = folder, config
+        if i < len(config.stages):
+            path, options = folder / f"stage-{i}", replace(config, patience=config.epochs)
+        followed = outputs if stage.anneal else outputs[-1:]  # its checkpoints in turn, or its end
+        training_set = TrainingSet(student, tokens["train"], data, followed)
+        num_checkpoints = len(followed) if stage.kd else 0
+        objective = Objective(student, stage, epochs, config, machine, num_checkpoints, ild)
+        objective.number = i
+        history = train(objective, training_set, score, options, machine, path, history, keep)
+        if i < len(config.stages) and stage.then == "best":
+            machine.agree()  # the first process has saved it
+            best = load_encoder("student", str(path / "model"), data, machine)
+            student.model.load_state_dict(best.model.state_dict())
+    best = max(history, key=lambda row: (row["stage"], row["score"]))  # of the last stage
+    scores = {"metric": next(iter(best["metrics"])), "best_score": best["score"]}
+    scores |= {"best_epoch": best["epoch"], "last_score": history[-1]["score"]}
+    scores["collapsed"] = 1 - best["cosine_s"] < 0.1 * (1 - before)
+    return scores | {"history": history}
+
+
+def report(folder) -> dict:
+    """Print the table of all finished runs below a folder: mean and sample deviation over seeds."""
+    scores = {}  # (row, task) -> run -> score x 100; a teacher counts once for all seeds
     for path in sorted(Path(folder).rglob("*-seed*/results.json")):
-        results, name = load(path), path.parent.name.split("-seed")[0]
-        method, teacher = str(Path(*path.relative_to(folder).parts[:-3], name)), results["teacher_score"]
-        for row, run, score in ((method, path, results["best_score"]), ("teacher", teacher, teacher)):
-            if score is not None:
-                cells.setdefault((row, results["task"]), {})[run] = 100 * score
-    need(cells, f"no finished run (results.json) below {folder}")
-    tasks = list(dict.fromkeys(task for _, task in cells))
+        results, task = read_json(path), path.parent.parent.name
+        if not {"best_score", "teacher_score"} <= results.keys():
+            raise UserError(f"{path} is of another program or version")
+        point = Path(*path.relative_to(folder).parts[:-3])  # of a grid, or "."
+        row = str(point / path.parent.name.split("-seed")[0])
+        scores.setdefault((row, task), {})[path] = 100 * results["best_score"]
+        score_t = results["teacher_score"]
+        if score_t is not None:
+            scores.setdefault(("teacher", task), {})[score_t] = 100 * score_t
+    if not scores:
+        raise UserError(f"no finished run (results.json) below {folder}")
+    tasks = list(dict.fromkeys(task for _, task in scores))
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
-    for method in sorted({method for method, _ in cells}, key=lambda method: (method != "teacher", method)):
-        runs = [[*cells.get((method, task), {}).values()] for task in tasks]
-        row = [f"{mean(x):.1f}{f' ± {sd(x):.1f}' if x[1:] else ''} (n={len(x)})" if x else "-" for x in runs]
-        print("|", " | ".join([method, *row, f"{mean(map(mean, runs)):.1f}" if all(runs) else "-"]), "|")
-    return {f"{method}/{task}": [*scores.values()] for (method, task), scores in cells.items()}
+    for row in sorted({row for row, _ in scores}, key=lambda row: (row != "teacher", row)):
+        runs = [list(scores.get((row, task), {}).values()) for task in tasks]
+        average = f"{statistics.mean(map(statistics.mean, runs)):.1f}" if all(runs) else "-"
+        print("|", " | ".join([row, *map(describe_scores, runs), average]), "|")
+    return scores
 
-def set_up(args):                                 # device, precision, quiet libraries, no wait for a dead hub
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+def describe_scores(values):
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
+    return f"{statistics.mean(values):.1f}{deviation} (n={len(values)})"
+
+
+def main(argv=None) -> dict:
+    """Run a command line -> the results, or --report's scores. SystemExit, with one line: 2 a
+    user's mistake, 1 a disk that is full or closed, 130 Ctrl-C, 143 SIGTERM."""
+    is_first = os.environ.get("RANK", "0") == "0"  # it speaks for all
     try:
-        args.device = torch.empty(1, device=LOCAL if name == "cuda" else name).device
-    except Exception as error:                                      # of many kinds
-        raise UserError(f"--device {name}: {error}") from error
-    torch.cuda.set_device(args.device if args.device.type == "cuda" else -1)        # -1: nothing
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo" if args.device.type == "cpu" else "cpu:gloo,cuda:nccl")
-    gpu, cpu = args.device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
-    torch.set_num_threads(1 if gpu else torch.get_num_threads())    # threads that wait cost more than they do
-    for option, value in ((-4, 0), (-1, 2 ** 31 - 1)) * (sys.platform == "linux"):
-        ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD: new pages slow a step
-    bf16 = torch.cuda.get_device_capability() >= (8,) if gpu else any(cpu[x] for x in cpu if "bf16" in x)
-    amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if gpu else "off"
-    args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    torch.set_float32_matmul_precision("high")                      # TF32 on GPUs that have it
-    local = [args.data_root or args.train_file or "", *args.teacher.split(","), args.student]
-    if not all(map(os.path.exists, local)) and args.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
-        try:
-            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-        except Exception as error:                                  # before the libraries are imported
-            os.environ["HF_HUB_OFFLINE"] = str(int(getattr(error, "code", 500) >= 500))     # 404 is an answer
-    import datasets
-    from transformers import logging
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(50)                              # critical: what fails is told in one line
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    logging.captureWarnings(True)                                   # and so silences them
-
-def number(kind, low, high=math.inf, count=1):            # argparse: so many within [low, high], not all 0
-    def number(text):
-        values = [kind(value) for value in text.split(",")]
-        if len(values) != count or not all(low <= x <= high for x in values) or count > 1 and not any(values):
-            raise argparse.ArgumentTypeError(f"{text} is not {count} number(s) within [{low}, {high}]")
-        return values[0] if count == 1 else values
-    return number
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser("railkd.py", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"railkd.py: error: {message}\n")
-    count, share, seed = number(int, 1, 10 ** 7), number(float, 0, 1), number(int, 0, 2 ** 63 - 1)
-    add, both = parser.add_argument, argparse.BooleanOptionalAction
-    add("--task", help=f"{', '.join(TASKS)}; with --train-file any other name; toy: no download")
-    add("--method", default="rail-c", choices=METHODS, metavar="M", help=f"{', '.join(METHODS)}; our choice")
-    add("--select", choices=SELECTIONS, metavar="S", help=f"instead of the method's: {', '.join(SELECTIONS)}")
-    add("--distance", choices=DISTANCES, metavar="D", help=f"instead of the method's: {', '.join(DISTANCES)}")
-    add("--teacher", default="bert-base-uncased", help="hub name or folder (pro-kd: A,B,..); paper: BERT-12")
-    add("--student", default="distilbert-base-uncased", help="hub name or folder; paper: DistilBERT-6")
-    add("--data-root", help="local clones named like the hub's (DIR/nyu-mll/glue), no hub")
-    add("--train-file", help="own csv, tsv, json lines or parquet: `label` and one or two columns of text")
-    add("--validation-file", help="own data to evaluate on, the same columns")
-    add("--output-dir", default="runs", help="results go to DIR/TASK/METHOD-seedN")
-    add("--epochs", type=count, default=40, help="paper: 40")
-    add("--patience", type=count, default=5, help="epochs without a better score until it stops; our choice")
-    add("--batch-size", type=count, default=32, help="paper: searched in 8, 16, 32")
-    add("--grad-accumulation", type=count, default=1, help="batches for one optimizer step; our choice")
-    add("--lr", type=share, default=2e-5, help="paper: searched in 1e-5, 2e-5, 5e-5, 4e-6")
-    add("--weight-decay", type=share, default=0.01, help="AdamW's, from two dimensions on; our choice")
-    add("--warmup", type=share, default=0.1, help="share of the steps, linear decay follows; our choice")
-    add("--weights", type=number(float, 0, 1e6, 3), metavar="CE,KD,ILD", help="Eq. 4; paper: 1/3; kd: ours")
-    add("--temperature", type=number(float, 1e-3, 1e3), default=2.0, help="of the KD term; our choice")
-    add("--max-temperature", type=number(float, 1, 1e3), help="pro-kd: falls from it to 1; our choice: 7")
-    add("--first-stage", type=count, metavar="EPOCHS", help="cr-ild, pro-kd; our choice: half of the epochs")
-    add("--proj-dim", type=number(int, 1, 10 ** 5), help="width u of the maps; paper: 128")
-    add("--teacher-proj", choices=("frozen", "trained"), help="its map; our choice: frozen (codir: trained)")
-    add("--start", choices=("ridge", "random"), help="student's map: least squares, our choice, or as drawn")
-    add("--shared-proj", action=both, dest="shared", help="rail-l: one pair of maps for all; our choice")
-    add("--max-length", type=number(int, 4), default=128, help="tokens; our choice")
-    add("--max-train-examples", type=count, default=10 ** 9, help="random subset for all seeds; our choice")
-    add("--seed", type=seed, default=42, help="of the student's run; paper: 5 seeds; 42: ours")
-    add("--teacher-epochs", type=count, default=3, help="to fine-tune a teacher without a head; our choice")
-    add("--teacher-lr", type=share, default=2e-5, help="for the same; our choice")
-    add("--teacher-seed", type=seed, default=42, help="for the same; --seed does not move it (our choice)")
-    add("--keep-teacher-epochs", action=both, default=False, dest="keep", help="of its training; pro-kd: yes")
-    add("--teacher-cache", metavar="DIR", help="keeps its outputs; if not given, beside the runs; or off")
-    add("--teacher-labels", type=lambda x: x.split(","), metavar="A,B", help="its labels in its own order")
-    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="between two; our choice")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: mixed precision")
-    add("--device", help="cpu, cuda, cuda:1, ..; if not given, a GPU where there is one")
-    add("--overwrite", action="store_true", help="run anew where there are results")
-    add("--report", metavar="DIR", help="print a table of the finished runs below DIR, train nothing")
-    first = parser.parse_known_args(argv)[0]
-    if first.task == "toy":
-        epochs = 8 * len(WEIGHTS.get(first.method, THIRDS))         # for each stage
-        parser.set_defaults(epochs=epochs, patience=8, lr=1e-3, teacher_epochs=8, teacher_lr=1e-3)
-    parser.set_defaults(**{"pro-kd": {"max_temperature": 7.0, "keep": True}}.get(first.method, {}))
-    args = parser.parse_args(argv)
-    files = [args.train_file, args.validation_file]
-    if not args.report and (any(files) != all(files) or any(files) == (args.task in TASKS)):
-        parser.error(f"need --task, one of {', '.join(TASKS)}, or both --train-file and --validation-file")
-    args.task, args.version = args.task or "own", 3                 # of what is written
-    *before, last = WEIGHTS.get(args.method, THIRDS)
-    last = THIRDS[0] if args.distance and not METHODS[args.method][1] else last
-    args.weights = args.weights or last[:3]
-    args.stages = [*before, (*args.weights, 0.0)]
-    args.first_stage = args.first_stage or (args.epochs // 2 if before else args.epochs)
-    if before and not 0 < args.first_stage < args.epochs or not before and args.first_stage != args.epochs:
-        parser.error(f"--method {args.method}, {len(before) + 1} stage(s): two: 0 < --first-stage < --epochs")
-    if (args.weights[2] or args.select) and not (args.distance or METHODS[args.method][1]):
-        parser.error(f"--method {args.method} has no distance: give one, or leave --select and --weights")
-    return parser, args
-
-def main(argv=None):
-    """Run a command line -> results, or --report's scores. SystemExit: 2 a user's mistake, 1 a full disk."""
-    parser, args = parse(argv)
-    try:
-        return report(args.report) if args.report else run(args)
+        with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):
+            config = parse(argv)
+            return report(config.report) if config.report else run(config)
     except UserError as error:
-        parser.error(" ".join(str(error).split()))
-    except Exception as error:                                      # a full disk has many names
-        if not (isinstance(error, OSError) or "os error" in str(error) or "inline_container" in str(error)):
+        code, message = 2, f"error: {error}"
+    except (KeyboardInterrupt, Terminated) as stop:
+        code = 143 if isinstance(stop, Terminated) else 130
+        message = "stopped; the same command goes on after the last whole epoch"
+    except Exception as error:  # a full disk is a RuntimeError to torch, and its own to safetensors
+        if not (isinstance(error, OSError) or re.search("os error|inline_container", str(error))):
             raise
-        parser.exit(1, f"railkd.py: error: reading or writing failed: {' '.join(str(error).split())}\n")
+        code, message = 1, f"error: reading or writing failed: {error}"
+    message = re.sub(r"\x1b\[\d*m", "", message)  # a library's colours
+    print(f"railkd.py: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def terminate(number, frame):
+    raise Terminated
+
 
 if __name__ == "__main__":
-    for which in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(which, on_signal)
+    signal.signal(signal.SIGTERM, terminate)
     main()
-    if WORLD > 1:
-        os._exit(sys.stdout.flush() or 0)                           # torch's threads may abort a normal end
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(0)  # torch's threads may abort a normal end
