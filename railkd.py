@@ -539,9 +539,7 @@ class Config:
     method: str = flag(TASK, "rail-c", "a row of METHODS; ours", choices=METHODS)
     teacher: str = flag(TASK, "google-bert/bert-base-uncased", "paper: BERT-12; pro-kd: A,B,..")
     student: str = flag(TASK, "distilbert/distilbert-base-uncased", "paper: DistilBERT-6")
-    data_root: str = flag(
-        DATA, None, "clones named like the hub's, DIR/nyu-mll/glue; ours: the hub"
-    )
+    data_root: str = flag(DATA, None, "DIR of clones, DIR/nyu-mll/glue; ours: the hub instead")
     train_file: str = flag(DATA, None, "csv, tsv, json lines, parquet: label, 1 or 2 of text; ours")
     validation_file: str = flag(DATA, None, "own data to evaluate on, the same columns; ours")
     max_length: int = flag(DATA, 128, "tokens of an example; ours", number(int, 4))
@@ -555,7 +553,7 @@ class Config:
     warmup: float = flag(TRAIN, 0.1, "share of a stage's steps, then linear decay; ours", SHARE)
     seed: int = flag(TRAIN, 42, "of draw, batches, dropout; paper: 5 seeds; 42: ours", SEED)
     amp: str = flag(
-        TRAIN, "auto", "precision; paper: mixed", choices=("auto", "bf16", "fp16", "off")
+        TRAIN, "auto", "paper: mixed precision", choices=("auto", "bf16", "fp16", "off")
     )
     device: str = flag(TRAIN, None, "cpu, cuda, cuda:1, mps; ours: the fastest that is there")
     select: str = flag(LOSS, None, "instead of the method's; ours", choices=SELECTIONS)
@@ -832,7 +830,7 @@ def toy_data(split, size):
     return {"text": texts, "label": labels}
 
 
-def toy_model(folder, layers, width):
+def toy_model(folder, layers, width, owner=""):
     """An untrained BERT in the words of the toy task -> its folder."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -841,7 +839,7 @@ def toy_model(folder, layers, width):
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
     torch.manual_seed(0)
     model = BertForMaskedLM(BertConfig(vocab_size=len(words), num_attention_heads=4, **sizes))
-    with whole(Path(folder), owner=f"-{os.getpid()}", once=True) as unfinished:
+    with whole(Path(folder), owner, once=True) as unfinished:
         model.save_pretrained(unfinished)
         (unfinished / "vocab.txt").write_text("\n".join(words))
     return str(folder)
@@ -1193,10 +1191,9 @@ def mixup_loss(mixed: Tensor, clean: Tensor, share: float) -> Tensor:
 class Objective(nn.Module):
     """What a stage trains, and Eq. 4: loss = w_ce CE + w_kd KD + w_ild ILD (+ w_mix MIX)."""
 
-    number = 1  # of the stage, for the log
-
-    def __init__(self, student, stage, epochs, config, machine, num_checkpoints=0, ild=None):
+    def __init__(self, number, stage, epochs, student, config, machine, num_checkpoints, ild):
         super().__init__()
+        self.number = number  # of the stage, for the log
         self.student, self.stage, self.epochs, self.machine = student, stage, epochs, machine
         self.model, self.ild = student.model, ild if stage.ild else None
         self.temperature, self.num_checkpoints = config.temperature, num_checkpoints
@@ -1504,12 +1501,10 @@ def make_loss(student, num_examples, config, machine) -> IntermediateLoss:
         options["num_examples"] = num_examples
         if machine.num_processes > 1:
             raise UserError("a memory bank is of one process: no torchrun")
-    blocks, widths = (
-        (student.num_layers, teacher.num_hidden_layers),
-        (student.width, teacher.hidden_size),
-    )
+    blocks = student.num_layers, teacher.num_hidden_layers
+    widths = student.width, teacher.hidden_size
     torch.manual_seed(config.seed)
-    with as_user_error(f"--method {config.method}, {blocks[0]} blocks of {blocks[1]}"):
+    with as_user_error(f"--method {config.method}, {blocks[1]} blocks to {blocks[0]}"):
         return IntermediateLoss(config.method, *blocks, *widths, config.seed, **options)
 
 
@@ -1557,8 +1552,9 @@ def clear(folder, *more):
 def make_toy_models(config, machine):
     """The untrained models of the toy task, where `parse` expects them."""
     if config.task == "toy" and machine.rank == 0:
-        toy_model(Path(config.output_dir, "toy", "teacher"), 4, 96)
-        toy_model(Path(config.output_dir, "toy", "student"), 3, 16)
+        folder, owner = Path(config.output_dir, "toy"), f"-{config.run_name}"
+        toy_model(folder / "teacher", 4, 96, owner)
+        toy_model(folder / "student", 3, 16, owner)
     machine.agree()
 
 
@@ -1634,8 +1630,7 @@ def train_stages(student, tokens, data, config, machine, folder, outputs=(), ild
         followed = outputs if stage.anneal else outputs[-1:]  # its checkpoints in turn, or its end
         training_set = TrainingSet(student, tokens["train"], data, followed)
         num_checkpoints = len(followed) if stage.kd else 0
-        objective = Objective(student, stage, epochs, config, machine, num_checkpoints, ild)
-        objective.number = i
+        objective = Objective(i, stage, epochs, student, config, machine, num_checkpoints, ild)
         history = train(objective, training_set, score, options, machine, path, history, keep)
         if i < len(config.stages) and stage.then == "best":
             machine.agree()  # the first process has saved it
