@@ -502,7 +502,7 @@ def as_user_error(what, advice=""):
         yield
     except Exception as error:
         reason = str(error.__cause__ or error).strip() or repr(error)
-        raise UserError(f"{what}: {reason.splitlines()[0].rstrip(': ')}{advice}") from error
+        raise UserError(f"{what}: {reason.splitlines()[0][:300].rstrip(': ')}{advice}") from error
 
 
 def number(kind, low, high=math.inf, count=1):
