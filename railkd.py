@@ -1691,6 +1691,23 @@ def describe_scores(values):
     return f"{statistics.mean(values):.1f}{deviation} (n={len(values)})"
 
 
+def explain(error):
+    """-> exit code, line. What is none of these is a bug, and is raised again."""
+    chain = [error]  # a library that is interrupted may fail in turn, as torch.save does
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    kinds = {type(link) for link in chain}
+    if kinds & {KeyboardInterrupt, Terminated}:
+        code = 143 if Terminated in kinds else 130
+        return code, "stopped; the same command goes on after the last whole epoch"
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    # a full disk is a RuntimeError to torch, and an error of its own to safetensors
+    if isinstance(error, OSError) or re.search("os error|inline_container", str(error)):
+        return 1, f"error: reading or writing failed: {error}"
+    raise error
+
+
 def main(argv=None) -> dict:
     """Run a command line -> the results, or --report's scores. SystemExit, with one line: 2 a
     user's mistake, 1 a disk that is full or closed, 130 Ctrl-C, 143 SIGTERM."""
@@ -1699,15 +1716,8 @@ def main(argv=None) -> dict:
         with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):
             config = parse(argv)
             return report(config.report) if config.report else run(config)
-    except UserError as error:
-        code, message = 2, f"error: {error}"
-    except (KeyboardInterrupt, Terminated) as stop:
-        code = 143 if isinstance(stop, Terminated) else 130
-        message = "stopped; the same command goes on after the last whole epoch"
-    except Exception as error:  # a full disk is a RuntimeError to torch, and its own to safetensors
-        if not (isinstance(error, OSError) or re.search("os error|inline_container", str(error))):
-            raise
-        code, message = 1, f"error: reading or writing failed: {error}"
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        code, message = explain(error)
     message = re.sub(r"\x1b\[\d*m", "", message)  # a library's colours
     print(f"railkd.py: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
