@@ -1044,8 +1044,10 @@ def tokenize(encoder, texts, max_length):
     from datasets import Dataset
 
     positions = getattr(encoder.model.config, "max_position_embeddings", 10**9)
-    # RoBERTa's positions begin at 2, and not every tokenizer knows a limit of its own
-    longest = min(max_length, encoder.tokenizer.model_max_length, positions - 2)
+    longest = encoder.tokenizer.model_max_length
+    if longest > positions:  # it knows of no limit; RoBERTa's positions begin at 2
+        longest = positions - 2
+    longest = min(max_length, longest)
     options = {"truncation": True, "max_length": longest, "return_length": True}
     table = Dataset.from_dict({str(i): column for i, column in enumerate(texts)})
 
@@ -1302,10 +1304,12 @@ def train_epoch(net, loader, parts, machine, epoch):
     optimizer, scaler = parts["optimizer"], parts["scaler"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     began, sums, count = time.perf_counter(), 0.0, 0
+    pinned = machine.device.type == "cuda"  # else a copy that does not wait may read freed memory
     net.train()
     bar = tqdm(loader, f"epoch {epoch}", leave=False, disable=machine.rank > 0 or None)
     for step, batch in enumerate(bar, 1):
-        terms = net({name: x.to(machine.device, non_blocking=True) for name, x in batch.items()})
+        batch = {name: x.to(machine.device, non_blocking=pinned) for name, x in batch.items()}
+        terms = net(batch)
         scaler.scale(terms["loss"]).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -1332,8 +1336,8 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
     checkpoint.pt, from which the same call goes on. -> the rows of all stages so far."""
     net, requests = objective, []
     if machine.num_processes > 1:
-        options = {"broadcast_buffers": False, "find_unused_parameters": True}
-        net = nn.parallel.DistributedDataParallel(objective, **options)
+        # a stage of no logits leaves the head without a gradient
+        net = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
     loader = make_loader(training_set, requests, machine)
     size = config.batch_size * machine.num_processes
     num_steps = math.ceil(len(training_set.lengths) / size) * len(objective.epochs)
@@ -1434,6 +1438,8 @@ def prepare_teacher(data, config, machine, work) -> Encoder:
         teacher = load_teacher(name, data, config, machine)
         if teacher.has_trained_head:
             return teacher
+        if machine.rank == 0 and not (work / "checkpoint.pt").exists():
+            remove(work)  # of a training that was given up
         print(f"teacher  {teacher.title} has no head: fine-tuned for {folder}", flush=True)
         tuning = replace(tuning, batch_size=max(1, tuning.batch_size // machine.num_processes))
         tokens = {x: tokenize(teacher, data.texts[x], config.max_length) for x in data.texts}
@@ -1509,6 +1515,8 @@ def make_loss(student, num_examples, config, machine) -> IntermediateLoss:
     name = config.teacher_names[-1]
     with as_user_error(f"cannot load the teacher {name}", "" if os.path.exists(name) else ADVICE):
         teacher = hf.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        blocks = student.num_layers, teacher.num_hidden_layers
+        widths = student.width, teacher.hidden_size
     names = ("select", "distance", "proj_dim", "teacher_proj", "start", "shared")
     flags = {**asdict(config), "shared": config.shared_proj}
     options = {name: flags[name] for name in names if flags[name] is not None}
@@ -1516,8 +1524,6 @@ def make_loss(student, num_examples, config, machine) -> IntermediateLoss:
         options["num_examples"] = num_examples
         if machine.num_processes > 1:
             raise UserError("a memory bank is of one process: no torchrun")
-    blocks = student.num_layers, teacher.num_hidden_layers
-    widths = student.width, teacher.hidden_size
     torch.manual_seed(config.seed)
     what = f"--method {config.method}, {blocks[1]} blocks to {blocks[0]}"
     with as_user_error(what, kind=ValueError):
@@ -1664,9 +1670,10 @@ def report(folder) -> dict:
     """Print the table of all finished runs below a folder: mean and sample deviation over seeds."""
     scores = {}  # (row, task) -> run -> score x 100; a teacher counts once for all seeds
     for path in sorted(Path(folder).rglob("*-seed*/results.json")):
-        results, task = read_json(path), path.parent.parent.name
-        if not {"best_score", "teacher_score"} <= results.keys():
+        results = read_json(path)
+        if not {"task", "best_score", "teacher_score"} <= results.keys():
             raise UserError(f"{path} is of another program or version")
+        task = results["task"]
         point = Path(*path.relative_to(folder).parts[:-3])  # of a grid, or "."
         row = str(point / path.parent.name.split("-seed")[0])
         scores.setdefault((row, task), {})[path] = 100 * results["best_score"]
@@ -1704,7 +1711,8 @@ def explain(error):
         return 2, f"error: {error}"
     # a full disk is a RuntimeError to torch, and an error of its own to safetensors
     if isinstance(error, OSError) or re.search("os error|inline_container", str(error)):
-        return 1, f"error: reading or writing failed: {error}"
+        reason = next((link for link in chain if isinstance(link, OSError)), error)
+        return 1, f"error: reading or writing failed: {reason}"
     raise error
 
 

@@ -1301,7 +1301,7 @@ RANKS = """if 1:
         try:
             R.main([*sys.argv[3:], "--output-dir", f"{sys.argv[2]}/{name}", *more])
         except SystemExit as stop:
-            print(name, "exit", stop.code, file=sys.stderr, flush=True)
+            print(f"{name} exit {stop.code}", file=sys.stderr, flush=True)
 
     def die(*args, **options):
         raise SystemError("rank 1 dies")
