@@ -1166,7 +1166,8 @@ class TrainingSet(Dataset):
         generator = torch.Generator().manual_seed(key)
         rows = torch.randperm(len(self.lengths), generator=generator)
         if machine.num_processes > 1:
-            rows = rows[torch.arange(math.ceil(len(rows) / size) * size) % len(rows)]
+            num_rows = math.ceil(len(rows) / size) * size
+            rows = rows.repeat(math.ceil(num_rows / len(rows)))[:num_rows]
         batches = []
         for part in rows.split(50 * size):
             batches += part[self.lengths[part].argsort(stable=True)].split(size)
