@@ -479,14 +479,18 @@ METHODS = {
 
 
 # ------------------------------------------------------------------------------- configuration
-FORMAT = 4  # of all that a run writes; what an older file has written is refused by name
+FORMAT = 5  # of all that a run writes; what an older file has written is refused by name
 ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; or --task toy"
 # metrics as in GLUE, the first selects the epoch
 TASKS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"]}
 TASKS |= {"stsb": ["pearson", "spearman"]}
 TASKS |= dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"])
 TASK, DATA, TRAIN = "task and models", "data", "training"  # the groups of --help
-LOSS, TEACHER, OUTPUT = "loss", "teacher", "output"
+LOSS, TEACHER, OUTPUT, PREDICT = "loss", "teacher", "output", "prediction"
+# the GLUE server's files, by task and what follows "test" in the split's name
+SERVER = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP"}
+SERVER |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}
+SERVER |= {"mnli_matched": "MNLI-m", "mnli_mismatched": "MNLI-mm"}
 
 
 class UserError(Exception):
@@ -580,6 +584,12 @@ class Config:
     report: str = flag(
         OUTPUT, None, "the table of all finished runs below this folder, no run; ours"
     )
+    predict: str = flag(
+        PREDICT, None, "a finished run's folder: its model answers GLUE's test; ours"
+    )
+    test_file: str = flag(PREDICT, None, "as --train-file, label not needed: answers this; ours")
+    label_map: str = flag(PREDICT, None, "ANSWER=LABEL,..: what answers are called there; ours")
+    max_test_examples: int = flag(PREDICT, 10**7, "random subset, one for all runs; ours", COUNT)
 
     @property
     def stages(self) -> list[Stage]:
@@ -615,7 +625,8 @@ class Config:
     @property
     def settings(self):
         """What results depend on."""
-        elsewhere = ("overwrite", "report", "device", "output_dir", "teacher_cache")
+        elsewhere = ["overwrite", "report", "device", "output_dir", "teacher_cache"]
+        elsewhere += [entry.name for entry in fields(self) if entry.metadata["group"] == PREDICT]
         return {x: y for x, y in asdict(self).items() if x not in elsewhere} | {"format": FORMAT}
 
 
@@ -629,20 +640,42 @@ def parse(argv=None) -> Config:
         for entry in entries:
             name = "--" + entry.name.replace("_", "-")
             group.add_argument(name, default=entry.default, **entry.metadata["options"])
-    known = parser.parse_known_args(argv)[0]
-    if known.task == "toy":  # a minute instead of hours, and models of its own
-        folder = Path(known.output_dir, "toy")
-        parser.set_defaults(teacher=str(folder / "teacher"), student=str(folder / "student"))
-        parser.set_defaults(epochs=8 * len(METHODS[known.method].stages), patience=8, lr=1e-3)
-        parser.set_defaults(teacher_epochs=8, teacher_lr=1e-3)
+    parser.set_defaults(**other_defaults(parser.parse_known_args(argv)[0]))
     config = Config(**vars(parser.parse_args(argv)))
-    if not config.report:
+    if config.predict or config.test_file:
+        check_prediction(config)
+    elif not config.report:
         check_task(config)
         check_method(config)
     keep = (
         config.uses("anneal") if config.keep_teacher_epochs is None else config.keep_teacher_epochs
     )
     return replace(config, keep_teacher_epochs=keep)
+
+
+def other_defaults(known) -> dict:
+    """The toy task: a minute instead of hours, and models of its own. --predict: all as in that
+    run; the teacher is the run's model, which stands for none."""
+    if known.predict:
+        run, model = read_results(Path(known.predict)), str(Path(known.predict, "model"))
+        del run["config"]["format"]
+        return run["config"] | {"student": model, "teacher": model}
+    if known.task == "toy":
+        folder = Path(known.output_dir, "toy")
+        toy = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
+        toy |= {"epochs": 8 * len(METHODS[known.method].stages), "patience": 8, "lr": 1e-3}
+        return toy | {"teacher_epochs": 8, "teacher_lr": 1e-3}
+    return {}
+
+
+def check_prediction(config):
+    """--test-file is of --predict, what is about its labels and size of --test-file."""
+    if not config.predict:
+        raise UserError("--test-file is for --predict RUN, a finished run")
+    if not config.test_file and (config.label_map or config.max_test_examples < 10**7):
+        raise UserError("--label-map and --max-test-examples are for --test-file")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--predict is of one process: no torchrun")
 
 
 def check_task(config):
@@ -735,7 +768,7 @@ def keep_memory():
 
 def prepare_libraries(config):
     """Before transformers and datasets are imported: does the hub answer? And: no chatter."""
-    data = config.data_root or config.train_file or ""
+    data = config.test_file or config.data_root or config.train_file or ""
     local = all(map(os.path.exists, [data, config.student, *config.teacher_names]))
     if not local and config.task != "toy" and "HF_HUB_OFFLINE" not in os.environ:
         try:
@@ -787,6 +820,18 @@ def read_json(path):
         return {} | json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_results(folder):
+    """results.json of a finished run."""
+    path = folder / "results.json"
+    if not path.exists():
+        raise UserError(f"no finished run in {folder}, that is, no results.json")
+    results = read_json(path)
+    config = results.get("config")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path} is of another program or version")
+    return results
+
+
 def changed_settings(now, then):
     """The names of those that differ, for a message; `then` is read from a file."""
     then = then if isinstance(then, dict) else {}
@@ -810,16 +855,16 @@ class TaskData(NamedTuple):
         scores = {}
         for split in self.dev:
             logits, suffix = answer(split), split.removeprefix("validation").replace("_matched", "")
+            answers = logits.argmax(dim=1) if self.names else logits[:, 0]
             for name in self.metrics:
-                scores[name + suffix] = measure(name, logits, self.labels[split])
+                scores[name + suffix] = measure(name, answers, self.labels[split])
         return scores
 
     @property
     def floor(self):
         """The majority baseline: the score of one answer for all."""
         labels = self.labels[self.dev[0]]
-        one = F.one_hot(labels.mode().values, len(self.names)) if self.names else torch.zeros(1)
-        return measure(self.metrics[0], one.expand(len(labels), -1), labels)
+        return measure(self.metrics[0], labels.mode().values.expand(len(labels)), labels)
 
 
 def toy_data(split, size):
@@ -888,46 +933,53 @@ def read_splits(config) -> dict:
     if config.task == "toy":
         train, dev = toy_data("train", 3000), toy_data("validation", 1000)
         return {"train": Dataset.from_dict(train), "validation": Dataset.from_dict(dev)}
-    folder = Path(config.data_root or "", "nyu-mll", "glue", config.task)
-    with as_user_error(f"no data in {folder}", ADVICE):
-        return read_glue(folder, config)
-
-
-def read_glue(folder, config):
-    """Parquet files of a clone in --data-root, or the hub's."""
-    from datasets import load_dataset
-
-    if config.data_root:
-        names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
-        files = {split: str(folder / f"{split}-*.parquet") for split in names}
-        splits = load_dataset("parquet", data_files=files)
-    else:
-        splits = load_dataset("nyu-mll/glue", config.task)
+    splits = read_glue(config)
     dev = sorted(split for split in splits if split.startswith("validation"))
     if "train" not in splits or not dev:
-        raise ValueError(f"no training or no validation data, only {[*splits]}")
+        raise UserError(f"no training or no validation data, only {[*splits]}")
     return {split: splits[split] for split in ["train", *dev]}
+
+
+def read_glue(config):
+    """All splits of a task: the hub's, or parquet files of a clone in --data-root."""
+    from datasets import load_dataset
+
+    folder = Path(config.data_root or "", "nyu-mll", "glue", config.task)
+    with as_user_error(f"no data in {folder}", ADVICE):
+        if not config.data_root:
+            return load_dataset("nyu-mll/glue", config.task)
+        names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
+        files = {split: str(folder / f"{split}-*.parquet") for split in names}
+        return load_dataset("parquet", data_files=files)
 
 
 def load_data(config) -> TaskData:
     """Read, check and number a task's data; the training data is cut to --max-train-examples."""
     splits = read_splits(config)
-    columns = [x for x in splits["train"].column_names if x not in ("label", "idx", "id")]
+    columns = text_columns(splits["train"])
     texts, words = {}, {}
     for split, dataset in splits.items():
         texts[split], words[split] = read_columns(split, dataset, columns)
     names = class_names(config.task, splits["train"].features["label"], words["train"])
     labels = {split: number_labels(split, words[split], names) for split in words}
-    size = min(len(words["train"]), config.max_train_examples)
-    rows = sorted(random.Random("subset").sample(range(len(words["train"])), size))
+    rows = subset(len(words["train"]), config.max_train_examples)
     texts["train"] = [[column[row] for row in rows] for column in texts["train"]]
     labels["train"] = labels["train"][rows]
     if len(labels["train"].unique()) < 2:
         raise UserError(f"train: no label but {words['train'][rows[0]]}, nothing to learn")
-    metrics = TASKS.get(config.task, ["accuracy"] if names else TASKS["stsb"])
+    metrics = metrics_of(config.task, names)
     content = json.dumps([texts, names, *(x.tolist() for x in labels.values())])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
     return TaskData(texts, labels, names, metrics, [*splits][1:], fingerprint)
+
+
+def text_columns(dataset):
+    return [name for name in dataset.column_names if name not in ("label", "idx", "id")]
+
+
+def subset(size, most):
+    """At most so many rows, drawn at random, the same in all runs; in their order."""
+    return sorted(random.Random("subset").sample(range(size), min(size, most)))
 
 
 def read_columns(split, dataset, columns):
@@ -941,6 +993,10 @@ def read_columns(split, dataset, columns):
         raise UserError(f"{split}: {wanted} needed, not {kinds}")
     words = dict(enumerate(getattr(dataset.features["label"], "names", [])))
     return [table[column] for column in columns], [words.get(x, x) for x in table["label"]]
+
+
+def metrics_of(task, names):
+    return TASKS.get(task, ["accuracy"] if names else TASKS["stsb"])
 
 
 def class_names(task, feature, labels):
@@ -1001,14 +1057,14 @@ class Encoder:
 
 
 def load_encoder(role, name, data, machine) -> Encoder:
-    """From the hub or a folder. A student's head is new unless it has one of this size; a teacher's
-    is used as it is. No code of a model is run. UserError: no encoder, or not whole."""
+    """From the hub or a folder. A student's head is new unless it has one of this size, others are
+    used as they are. No code of a model is run. UserError: no encoder, or not whole."""
     import transformers as hf
 
     labels, options = data.names or ["score"], {"trust_remote_code": False}
     with as_user_error(f"cannot load the {role} {name}", "" if os.path.exists(name) else ADVICE):
         config = hf.AutoConfig.from_pretrained(name, **options)
-        has_head = role == "teacher" and "SequenceClassification" in str(config.architectures)
+        has_head = role != "student" and "SequenceClassification" in str(config.architectures)
         if not has_head:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -1379,15 +1435,15 @@ def describe_epoch(row):
 
 
 # ---------------------------------------------------------------------------------- evaluation
-def measure(name, logits, labels):
-    """A score of logits (N, C) against labels (N,); 0 where it is undefined (constant answers)."""
+def measure(name, answers, labels):
+    """A score of answers (N,) against labels (N,); 0 where it is undefined (constant answers)."""
     import pandas
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if not labels.is_floating_point():
         scores = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
-        return float(scores[name](labels.numpy(), logits.argmax(dim=1).numpy()))
-    table = pandas.DataFrame({"label": labels.numpy(), "answer": logits[:, 0].numpy()})
+        return float(scores[name](labels.numpy(), answers.numpy()))
+    table = pandas.DataFrame({"label": labels.numpy(), "answer": answers.numpy()})
     value = float(table.corr(name, min_periods=len(table)).loc["label", "answer"])
     return value if math.isfinite(value) else 0.0
 
@@ -1397,6 +1453,10 @@ def evaluate(encoder, tokens, data, machine, pool, layers):
     metrics = data.score(lambda split: read_all(encoder, tokens[split], machine)[0])
     cosine = mean_cosine(encoder, tokens[data.dev[0]], machine, pool, layers)
     return {"metrics": metrics, "score": next(iter(metrics.values())), "cosine_s": cosine}
+
+
+def in_words(metrics):
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def mean_cosine(encoder, tokens, machine, pool, layers):
@@ -1414,7 +1474,7 @@ def mean_cosine(encoder, tokens, machine, pool, layers):
 def load_teacher(name, data, config, machine) -> Encoder:
     """One of the command line; --teacher-labels puts its logits into the task's order."""
     teacher, theirs = load_encoder("teacher", name, data, machine), config.teacher_labels
-    if config.teacher_names[1:] and not teacher.has_trained_head:
+    if (config.predict or config.teacher_names[1:]) and not teacher.has_trained_head:
         raise UserError(f"the teacher {teacher.title} has no head for the task")
     if theirs and teacher.has_trained_head and name in config.teacher_names:
         if sorted(theirs.split(",")) != sorted(data.names):
@@ -1478,8 +1538,10 @@ def score_teacher(teacher, data, config, machine) -> dict:
         outputs = read_teacher(teacher, tokens, None, config, machine)
         answers[split] = outputs.read(torch.arange(len(data.labels[split])))
     metrics = data.score(answers.get)
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"teacher  {teacher.title}; {scores}; majority baseline {data.floor:.4f}", flush=True)
+    print(
+        f"teacher  {teacher.title}; {in_words(metrics)}; majority baseline {data.floor:.4f}",
+        flush=True,
+    )
     if data.names and not config.teacher_labels and teacher.name in config.teacher_names:
         check_label_order(answers[dev].argmax(dim=1), data.labels[dev], data.names)
     score = next(iter(metrics.values()))
@@ -1616,7 +1678,7 @@ def distil(config, folder):
     print(f"student  {student.title}; {len(data.labels['train'])} training examples")
     print(f"method   {config.run_name}; {device}", flush=True)
     if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
-        clear(folder, "results.json")
+        clear(folder, "results.json", "predictions.*", "submission")
     machine.agree()
     results |= train_stages(student, tokens, data, config, machine, folder, outputs, ild)
     libraries = ("torch", "transformers", "datasets")
@@ -1625,6 +1687,7 @@ def distil(config, folder):
         "method": config.method,
         "seed": config.seed,
         "labels": data.names or None,
+        "columns": len(data.texts["train"]),
         "floor": data.floor,
         "params_s": student.num_params,
         "model": str(folder / "model"),
@@ -1671,9 +1734,7 @@ def report(folder) -> dict:
     """Print the table of all finished runs below a folder: mean and sample deviation over seeds."""
     scores = {}  # (row, task) -> run -> score x 100; a teacher counts once for all seeds
     for path in sorted(Path(folder).rglob("*-seed*/results.json")):
-        results = read_json(path)
-        if not {"task", "best_score", "teacher_score"} <= results.keys():
-            raise UserError(f"{path} is of another program or version")
+        results = read_results(path.parent)
         task = results["task"]
         point = Path(*path.relative_to(folder).parts[:-3])  # of a grid, or "."
         row = str(point / path.parent.name.split("-seed")[0])
@@ -1699,6 +1760,104 @@ def describe_scores(values):
     return f"{statistics.mean(values):.1f}{deviation} (n={len(values)})"
 
 
+# --------------------------------------------------------------------------------- predictions
+def predict(config) -> dict:
+    """A finished student's answers to --test-file, else to its task's test split, for the GLUE
+    server. -> what is found out about the file."""
+    prepare_libraries(config)
+    machine, results = find_machine(config), read_results(Path(config.predict))
+    task, names = results["task"], results["labels"] or []
+    if config.task != task:
+        raise UserError(f"{config.predict} is a run of {task}")
+    data = TaskData({}, {}, names, metrics_of(task, names), [], "")
+    student = load_encoder("model", config.student, data, machine)
+    if config.test_file:
+        return predict_file(student, data, results["columns"], config, machine)
+    if task not in TASKS or task == "toy":
+        raise UserError(f"{task} has no test split: give --test-file")
+    called = names if task in ("mnli", "qnli", "rte") else range(len(names))
+    return predict_test(student, called, read_glue(config), config, machine)
+
+
+def predict_test(student, called, splits, config, machine) -> dict:
+    """submission/, a file for each of the test splits, as the GLUE server takes them."""
+    folder, suffixes = Path(config.predict, "submission"), [""]
+    if config.task == "mnli":
+        suffixes = ["_matched", "_mismatched"]
+    if not any("test" + suffix in splits for suffix in suffixes):
+        raise UserError(f"{config.task}: no test split, only {[*splits]}")
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
+        for suffix in suffixes:
+            split, name = "test" + suffix, f"{SERVER[config.task + suffix]}.tsv"
+            if split not in splits:
+                print(f"left out {folder / name}, there is no {split}")
+                continue
+            texts = read_columns(split, splits[split], text_columns(splits[split]))[0]
+            table = answer(student, texts, called, config, machine)
+            table = table[["prediction"]] if called else table.clip(0, 5)
+            table.to_csv(unfinished / name, sep="\t", index_label="index", float_format="%.3f")
+            print(f"answers  {folder / name}")
+    return {}
+
+
+def predict_file(student, data, num_columns, config, machine) -> dict:
+    """predictions.tsv: to each example the answer, as the file calls it, and its probability. With
+    labels in the file predictions.json, the metrics, and those of --teacher."""
+    path, dataset, folder = config.test_file, read_file(config.test_file), Path(config.predict)
+    columns, is_labelled = text_columns(dataset), "label" in dataset.column_names
+    if len(columns) != num_columns:
+        raise UserError(f"{path}: {num_columns} column(s) of text needed, not {columns}")
+    if not is_labelled:
+        dataset = dataset.add_column("label", [0] * len(dataset))
+    rows = subset(len(dataset), config.max_test_examples)
+    texts, words = read_columns(path, dataset.select(rows), columns)
+    called = read_label_map(config.label_map, data.names)
+    classes = list(dict.fromkeys(called))  # several answers may lead to one
+    labels = number_labels(path, words, classes) if is_labelled else None
+    encoders = {"": student}
+    if config.teacher != config.student:
+        encoders["teacher"] = load_teacher(config.teacher, data, config, machine)
+    tables = {x: answer(encoders[x], texts, called, config, machine, rows) for x in encoders}
+    with whole(folder / "predictions.tsv") as unfinished:
+        tables[""].to_csv(unfinished, sep="\t", index_label="index", float_format="%.4f")
+    print(f"answers  {folder / 'predictions.tsv'}")
+    found = {"file": path, "n": len(rows)}
+    remove(folder / "predictions.json")  # of another file
+    if is_labelled:
+        for role, table in tables.items():
+            answers = number_labels(path, table["prediction"], classes)
+            scores = {name: measure(name, answers, labels) for name in data.metrics}
+            found[f"{role}_metrics".lstrip("_")] = scores
+            print(f"{role or 'student'}  {in_words(scores)}")
+        with whole(folder / "predictions.json") as unfinished:
+            unfinished.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def read_label_map(text, names) -> list:
+    """--label-map -> what each of the model's answers, in their order, is called in the file."""
+    if text is None:
+        return names
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    called = {answer: label for answer, _, label in pairs}
+    if sorted(answer for answer, _, _ in pairs) != sorted(names) or not all(called.values()):
+        raise UserError(f"--label-map: ANSWER=LABEL, once for each answer: {names or 'none'}")
+    return [called[name] for name in names]
+
+
+def answer(encoder, texts, called, config, machine, rows=None):
+    """-> a `pandas.DataFrame`: prediction and, unless it is a regression, its probability."""
+    import pandas
+
+    logits = read_all(encoder, tokenize(encoder, texts, config.max_length), machine)[0]
+    if not called:
+        return pandas.DataFrame({"prediction": logits[:, 0].tolist()}, rows)
+    chances, numbers = logits.softmax(dim=1).max(dim=1)
+    words = [called[number] for number in numbers]
+    return pandas.DataFrame({"prediction": words, "probability": chances.tolist()}, rows)
+
+
 def explain(error):
     """-> exit code, line. What is none of these is a bug, and is raised again."""
     chain = [error]  # a library that is interrupted may fail in turn, as torch.save does
@@ -1718,13 +1877,15 @@ def explain(error):
 
 
 def main(argv=None) -> dict:
-    """Run a command line -> the results, or --report's scores. SystemExit, with one line: 2 a
-    user's mistake, 1 a disk that is full or closed, 130 Ctrl-C, 143 SIGTERM."""
+    """Run a command line -> the results, --report's scores, or what --predict found. SystemExit,
+    with one line: 2 a user's mistake, 1 a disk that is full or closed, 130 Ctrl-C, 143 SIGTERM."""
     is_first = os.environ.get("RANK", "0") == "0"  # it speaks for all
     try:
         with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):
             config = parse(argv)
-            return report(config.report) if config.report else run(config)
+            if config.report:
+                return report(config.report)
+            return predict(config) if config.predict else run(config)
     except (Exception, KeyboardInterrupt, Terminated) as error:
         code, message = explain(error)
     message = re.sub(r"\x1b\[\d*m", "", message)  # a library's colours

@@ -1094,25 +1094,23 @@ def test_teacher_with_its_labels_in_another_order(tmp_path, models, capsys):
 def test_metrics_of_classification():
     """By hand, 2 of 3 right in each class. Catches labels and answers swapped, a macro mean."""
     labels, answers = torch.tensor([1, 1, 1, 0, 0, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
-    logits = torch.nn.functional.one_hot(answers).float()
     for name, value in {"matthews": 1 / 3, "f1": 2 / 3, "accuracy": 2 / 3}.items():
-        assert R.measure(name, logits, labels) == pytest.approx(value)
+        assert R.measure(name, answers, labels) == pytest.approx(value)
     first = {task: names[0] for task, names in R.TASKS.items() if names[0] != "accuracy"}
     assert first == {"cola": "matthews", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}
 
 
 def test_metrics_of_regression():
     """By hand. Catches rank and linear correlation swapped, nan for constant answers."""
-    labels, answers = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([[0.0], [2.0], [1.0], [9.0]])
+    labels, answers = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 9.0])
     # deviations -2 -1 0 3 and -3 -1 -2 6: 6 + 1 + 0 + 18 over the root of 14 * 50
     assert R.measure("pearson", answers, labels) == pytest.approx(25 / 700**0.5)
     assert R.measure("spearman", answers, labels) == pytest.approx(1 - 6 * 2 / (4 * 15))
     for name in ("pearson", "spearman"):
-        assert R.measure(name, torch.ones(4, 1), labels) == 0.0
+        assert R.measure(name, torch.ones(4), labels) == 0.0
         assert R.measure(name, answers[:1], labels[:1]) == 0.0
-    constant = torch.tensor([[1.0, 0.0]]).expand(4, 2)
     for name in ("matthews", "f1"):
-        assert R.measure(name, constant, torch.tensor([0, 1, 1, 1])) == 0.0
+        assert R.measure(name, torch.zeros(4), torch.tensor([0, 1, 1, 1])) == 0.0
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -1275,6 +1273,7 @@ def test_report(tmp_path, capsys):
     for task, method, seed, score in REPORTED:
         content = {"task": task, "method": method, "seed": seed, "best_score": score}
         content["teacher_score"] = None if method == "none" else 0.7
+        content["config"] = {"format": R.FORMAT}
         folder = tmp_path / task / f"{method}-seed{seed}"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(content))
@@ -1286,6 +1285,191 @@ def test_report(tmp_path, capsys):
     assert "| kd | 30.0 (n=1) | 55.0 ± 7.1 (n=2) | 42.5 |" in out
     assert "| none | - | 40.0 (n=1) | - |" in out
     assert "| teacher | 70.0 (n=1) | 70.0 (n=1) | 70.0 |" in out and files_below(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------ predictions
+PREMISES = rows_of(50, seed=3)["text"]
+
+
+def finished(folder, models, task="mnli", names=MNLI, tests=("test",), more=()):
+    """A run on a clone of the task, whose tests have labels of -1. -> its folder."""
+    size, glue = 40, folder / "nyu-mll" / "glue" / task
+    data = make_glue(folder, task, names or "01", ["validation"], size)
+    if not names:
+        for split in ("train", "validation"):
+            table = {"premise": [f"word{x}" for x in range(size)], "hypothesis": ["the"] * size}
+            numbers = [5 * row / size for row in range(size)]
+            write_classes(glue / f"{split}-00000-of-00001.parquet", None, numbers, **table)
+    for split in tests:
+        table = {"premise": PREMISES, "hypothesis": [split] * 50}
+        write_classes(glue / f"{split}-00000-of-00001.parquet", names, [-1] * 50, **table)
+    args = [*data, *models, "--amp", "off", "--output-dir", str(folder / "runs"), "--lr", "0.01"]
+    path = Path(R.main([*args, "--method", "none", "--epochs", "1", *more])["model"])
+    model = hf.AutoModelForSequenceClassification.from_pretrained(path)
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # now its answers differ
+        parameter.data.normal_()
+    model.save_pretrained(path)
+    model.classifier.bias.data -= asked(path, PREMISES, PREMISES[::-1]).mean(0)
+    model.save_pretrained(path)
+    return path.parent
+
+
+def asked(model, premises, hypotheses, **cut):
+    """What the model itself says to each pair, one at a time: logits (N, C)."""
+    encoder = hf.AutoModelForSequenceClassification.from_pretrained(model).eval()
+    tokenizer, logits = hf.AutoTokenizer.from_pretrained(model), []
+    with torch.no_grad():
+        for pair in zip(premises, hypotheses, strict=True):
+            logits.append(encoder(**tokenizer(*pair, return_tensors="pt", **cut)).logits[0])
+    return torch.stack(logits)
+
+
+def table_of(path):
+    return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+SUBMITTED = [  # task, its names, its test splits, what it answers, the files
+    ("mnli", MNLI, ["test_matched", "test_mismatched"], MNLI, ["MNLI-m.tsv", "MNLI-mm.tsv"]),
+    ("mnli", MNLI, ["test_mismatched"], MNLI, ["MNLI-mm.tsv"]),
+    ("rte", ("entailment", "not_entailment"), ["test"], None, ["RTE.tsv"]),
+    ("qnli", ("entailment", "not_entailment"), ["test"], None, ["QNLI.tsv"]),
+    ("wnli", ("not_entailment", "entailment"), ["test"], "01", ["WNLI.tsv"]),
+    ("qqp", ("not_duplicate", "duplicate"), ["test"], "01", ["QQP.tsv"]),
+    ("mrpc", ("not_equivalent", "equivalent"), ["test"], "01", ["MRPC.tsv"]),
+    ("cola", ("unacceptable", "acceptable"), ["test"], "01", ["CoLA.tsv"]),
+    ("sst2", ("negative", "positive"), ["test"], "01", ["SST-2.tsv"]),
+    ("stsb", None, ["test"], None, ["STS-B.tsv"]),
+]
+
+
+@pytest.mark.parametrize("task, names, tests, words, files", SUBMITTED)
+def test_submission_is_what_the_model_says(
+    tmp_path, models, capsys, task, names, tests, words, files
+):
+    """Catches other names, numbers for words, rows out of order, a score of 5.1, a test split that
+    is missing without a word."""
+    run = finished(tmp_path, models, task, names, tests)
+    (run / "submission").mkdir()
+    (run / "submission" / "old.tsv").touch()
+    before = (run / "results.json").read_text()
+    assert R.main(["--predict", str(run), "--device", "cpu"]) == {}
+    assert sorted(path.name for path in (run / "submission").iterdir()) == files
+    assert ("left out" in capsys.readouterr().out) == (task == "mnli" and len(tests) == 1)
+    for split, file in zip(tests, files, strict=True):
+        logits = asked(run / "model", PREMISES, [split] * 50)
+        head, *rows = table_of(run / "submission" / file)
+        assert head == ["index", "prediction"] and [row[0] for row in rows] == [
+            *map(str, range(50))
+        ]
+        if names:
+            assert [row[1] for row in rows] == [(words or names)[i] for i in logits.argmax(1)]
+        for row, value in zip(rows, logits[:, 0].clamp(0, 5).tolist(), strict=True):
+            assert names or (
+                abs(float(row[1]) - value) < 0.00051 and re.fullmatch(r"\d\.\d{3}", row[1])
+            )
+    assert (run / "results.json").read_text() == before
+
+
+def test_predictions_of_a_file(tmp_path, models, capsys):
+    """Catches a map before the argmax, a label missed, other rows than the subset's, metrics of
+    other rows, a limit of length that is not the run's or that which is given, a stale file."""
+    run = finished(tmp_path, models)
+    table = {"a": PREMISES, "b": PREMISES[::-1], "label": ["entails", "neutral"] * 25}
+    file = write_table(tmp_path / "other.tsv", table)
+    args = ["--predict", str(run), "--test-file", file, "--device", "cpu"]
+    named = "neutral=neutral,contradiction=neutral,entailment=entails"
+    found = R.main([*args, "--label-map", named])
+    logits = asked(run / "model", PREMISES, PREMISES[::-1])
+    called = ["entails", "neutral", "neutral"]
+    expected = [called[i] for i in logits.argmax(1)]
+    head, *rows = table_of(run / "predictions.tsv")
+    assert head == ["index", "prediction", "probability"] and [row[1] for row in rows] == expected
+    chances = logits.softmax(1).max(1).values.tolist()
+    assert [float(row[2]) for row in rows] == pytest.approx(chances, abs=0.0001)
+    assert {*logits.argmax(1).tolist()} == {0, 1, 2}, logits
+    right = sum(x == y for x, y in zip(expected, table["label"], strict=True)) / 50
+    assert found == {"file": file, "n": 50, "metrics": {"accuracy": right}}
+    assert json.loads((run / "predictions.json").read_text()) == found
+    assert f"{right:.4f}" in capsys.readouterr().out
+    few = R.main([*args, "--label-map", named, "--max-test-examples", "7"])
+    some = table_of(run / "predictions.tsv")[1:]
+    assert few["n"] == len(some) == 7 and all(row in rows for row in some)
+    assert some != rows[:7] and [int(row[0]) for row in some] == sorted(int(row[0]) for row in some)
+    del table["label"]
+    write_table(tmp_path / "other.tsv", table)
+    assert R.main(args) == {"file": file, "n": 50} and not (run / "predictions.json").exists()
+    assert {row[1] for row in table_of(run / "predictions.tsv")[1:]} == {*MNLI}
+
+
+@pytest.mark.parametrize("length", [8, 12])
+def test_predictions_at_the_length_of_the_run(tmp_path, models, length):
+    """Catches the default's length for the run's, the run's for one that is given, a teacher's
+    answers in its own order, the student's scores for the teacher's."""
+    run, teacher = finished(tmp_path, models, more=["--max-length", "8"]), tmp_path / "teacher"
+    shutil.copytree(run / "model", teacher)
+    head = load_file(teacher / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        head[name] = -head[name]
+    save_file(head, teacher / "model.safetensors", {"format": "pt"})
+    cut = {"truncation": True, "max_length": length}
+    logits_s = asked(run / "model", PREMISES, PREMISES[::-1], **cut)
+    logits_t = asked(teacher, PREMISES, PREMISES[::-1], **cut)[:, [2, 1, 0]]
+    labels = [MNLI[answer] for answer in logits_s.argmax(1)]
+    table = {"a": PREMISES, "label": labels, "b": PREMISES[::-1]}
+    args = ["--predict", str(run), "--test-file", write_table(tmp_path / "a.csv", table)]
+    args += ["--max-length", str(length)] * (length != 8) + ["--teacher", str(teacher)]
+    found = R.main([*args, "--teacher-labels", ",".join(MNLI[::-1]), "--device", "cpu"])
+    assert found["metrics"] == {"accuracy": 1.0}
+    right = [
+        MNLI[answer] == label for answer, label in zip(logits_t.argmax(1), labels, strict=True)
+    ]
+    assert found["teacher_metrics"] == {"accuracy": np.mean(right)} and np.mean(right) < 0.9
+
+
+PAIRED = "a,b,label\n" + "a,b,entailment\n" * 4
+UNFIT = [  # what is added to the command, the file, what the line says
+    ("--predict nowhere", PAIRED, "no finished run in nowhere"),
+    ("--label-map entailment=x,neutral=y", PAIRED, "--label-map", "contradiction"),
+    ("--label-map entailment=a,neutral=b,contradiction=c,x=d", PAIRED, "--label-map"),
+    ("--label-map entailment=a,neutral=b,contradiction=", PAIRED, "--label-map"),
+    ("--label-map entailment=a,neutral=b,contradiction=c,neutral=a", PAIRED, "--label-map"),
+    (
+        "--label-map entailment=a,neutral=b,contradiction=c",
+        PAIRED,
+        "['a', 'b', 'c']",
+        "'entailment'",
+    ),
+    ("--task rte", PAIRED, "is a run of mnli"),
+    ("--teacher {teacher}", PAIRED, "has no head"),
+    ("--teacher {teacher} --max-test-examples 0", PAIRED, "--max-test-examples"),
+    ("", "a,label\nx,entailment\n", "2 column(s) of text", "['a']"),
+    ("", "a,b\n", "rows of label and one or two columns of text"),
+    ("", PAIRED + "a,b,maybe\n", "'maybe'"),
+    ("--test-file no.csv", PAIRED, "No such file or directory: 'no.csv'"),
+]
+
+
+def test_mistakes_in_predictions(place, models, capsys):
+    """Catches a label or an answer that is left out in silence, answers of another task, a file of
+    another kind, a result of another version; nothing is written."""
+    run = finished(place, models, tests=())
+    capsys.readouterr()
+    for more, content, *words in UNFIT:
+        (place / "file.csv").write_text(content)
+        args = ["--predict", str(run), "--test-file", "file.csv", "--device", "cpu"]
+        mistake([*args, *more.format(teacher=models[1]).split()], place, capsys, *words)
+    mistake(args[:2], place, capsys, "mnli: no test split", "validation")
+    mistake([*args[:2], "--max-test-examples", "5"], place, capsys, "are for --test-file")
+    mistake([*args[:2], "--label-map", "a=b"], place, capsys, "are for --test-file")
+    mistake(["--task", "sst2", *args[2:4]], place, capsys, "--test-file is for --predict")
+    own = R.main(command(place, models, "--method", "none", "--epochs", "1"))
+    capsys.readouterr()
+    mistake(["--predict", str(Path(own["model"]).parent)], place, capsys, "own has no test split")
+    (run / "model" / "config.json").write_text("{}")
+    mistake(args, place, capsys, "cannot load the model", str(run / "model"))
+    (run / "results.json").write_text('{"task": "mnli"}')
+    mistake(args, place, capsys, "results.json is of another program or version")
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -1319,7 +1503,8 @@ FULL = {"1": ("none", 3000), "2": ("none", 80_000), "3": ("rail-c", 3000)}
 # which signal, and what the line of the second epoch begins with: of the teacher, the student
 SIGNALS = "SIGKILL-loss SIGKILL-layers_t SIGTERM-layers_t SIGINT-layers_t".split()
 KEYS = """task method seed metric best_score best_epoch last_score teacher_score teacher_metrics
-    teacher labels floor params_s params_t collapsed model config versions device history"""
+    teacher labels columns floor params_s params_t collapsed model config versions device
+    history"""
 ROW = "epoch stage layers_t loss ce kd ild mix cosine_s seconds examples_per_s metrics score"
 PAIRS = """rail-c/random/contrastive rail-l/last/ pkd-skip//concat kd/final/layerwise
     codir/all/group rail-c/random/attention"""
