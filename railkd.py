@@ -1814,7 +1814,7 @@ def predict_file(student, data, num_columns, config, machine) -> dict:
     texts, words = read_columns(path, dataset.select(rows), columns)
     called = read_label_map(config.label_map, data.names)
     classes = list(dict.fromkeys(called))  # several answers may lead to one
-    labels = number_labels(path, words, classes) if is_labelled else None
+    labels = number_labels(f"{path} (--label-map?)", words, classes) if is_labelled else None
     encoders = {"": student}
     if config.teacher != config.student:
         encoders["teacher"] = load_teacher(config.teacher, data, config, machine)
