@@ -1275,6 +1275,7 @@ def test_report(tmp_path, capsys):
     for task, method, seed, score in REPORTED:
         content = {"task": task, "method": method, "seed": seed, "best_score": score}
         content["teacher_score"] = None if method == "none" else 0.7
+        content["config"] = {"format": R.FORMAT}
         folder = tmp_path / task / f"{method}-seed{seed}"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(content))
