@@ -786,8 +786,8 @@ class TaskData(NamedTuple):
     fingerprint: str
 
     def score(self, answer) -> dict:
-        """Of answer(split) -> logits (N, C): all metrics of all dev sets, the most important first;
-        those of MNLI's second set end in "_mismatched"."""
+        """answer(split) -> logits (N, C). All metrics of all dev sets, that which selects the epoch
+        first; MNLI's second set adds "_mismatched" to the names."""
         scores = {}
         for split in self.dev:
             logits, suffix = answer(split), split.removeprefix("validation").replace("_matched", "")
@@ -1296,9 +1296,8 @@ def train_epoch(net, loader, parts, machine, epoch):
 
 
 def train(objective, training_set, evaluate, config, machine, folder, earlier=(), keep=False):
-    """One stage: for each epoch draw, train, evaluate, save -> the rows of all stages so far. Into
-    the folder go model/, the best by "score", log.jsonl, and checkpoint.pt, from which the same
-    call goes on; keep: each epoch as well."""
+    """One stage: for each epoch draw, train, evaluate, save: the best model (keep: each), the log,
+    and checkpoint.pt, from which the same call goes on. -> the rows of all stages so far."""
     net, requests = objective, []
     if machine.num_processes > 1:
         # a stage of no logits leaves the head without a gradient
@@ -1423,7 +1422,7 @@ def check_label_order(answers, labels, names):
 
 
 def score_teacher(teacher, data, config, machine) -> dict:
-    """What results.json says of it. By its metrics on dev the order of its labels is checked."""
+    """What results.json says of it. On dev the order of a given teacher's labels is checked."""
     answers, dev = {}, data.dev[0]
     for split in data.dev:
         folder = ask_teacher(teacher, data.texts[split], None, config, machine)
@@ -1441,8 +1440,8 @@ def score_teacher(teacher, data, config, machine) -> dict:
 
 
 def ask_checkpoints(teacher, data, config, machine) -> list[Path]:
-    """Its outputs on the training data; for Pro-KD those of each of its checkpoints, in order: the
-    epochs of our own fine-tuning, or the models of the command line."""
+    """Its outputs on the training data or, for Pro-KD, those of each of its checkpoints in training
+    order, the epochs of our own fine-tuning or the models of the command line."""
     names, pool = [*config.teacher_names[:-1], teacher.name], METHODS[config.method].pool
     if config.uses("anneal"):
         if teacher.name not in config.teacher_names:  # of our own fine-tuning
@@ -1474,7 +1473,8 @@ def make_loss(student, teacher, num_examples, config, machine) -> IntermediateLo
 
 
 def consult_teacher(student, data, config, machine, work):
-    """-> what results.json says of it, its outputs on the training data, and the loss, started."""
+    """-> what results.json says of it, its outputs on the training data (of each checkpoint), and
+    the loss between layers, ready to train."""
     if not config.uses("kd", "ild"):
         none = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
         return none, [], None
