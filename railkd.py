@@ -21,7 +21,6 @@ import csv
 import ctypes
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -35,7 +34,6 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -485,8 +483,8 @@ ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; or --ta
 TASKS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"]}
 TASKS |= {"stsb": ["pearson", "spearman"]}
 TASKS |= dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"])
-TASK, DATA, TRAIN = "task and models", "data", "training"  # the groups of --help
-LOSS, TEACHER, OUTPUT, PREDICT = "loss", "teacher", "output", "prediction"
+GROUPS = ("task and models", "data", "training", "loss", "teacher", "output", "prediction")
+TASK, DATA, TRAIN, LOSS, TEACHER, OUTPUT, PREDICT = GROUPS  # of --help
 # the GLUE server's files, by task and what follows "test" in the split's name
 SERVER = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP"}
 SERVER |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}
@@ -526,11 +524,11 @@ def number(kind, low, high=math.inf, count=1):
 
 
 COUNT, SHARE, SEED = number(int, 1, 10**7), number(float, 0, 1), number(int, 0, 2**63 - 1)
-ON_OFF = argparse.BooleanOptionalAction
+ON_OFF, PRECISIONS = argparse.BooleanOptionalAction, ("auto", "bf16", "fp16", "off")
 
 
 def flag(group, default, text, kind=None, **options):
-    """A field of Config that is a flag: its group and line in --help, with its source."""
+    """A field of Config: its group and its line, with the source, in --help."""
     if kind is not None:
         options["type"] = kind
     options["help"] = text if default is None else f"{text} [%(default)s]"
@@ -558,9 +556,7 @@ class Config:
     weight_decay: float = flag(TRAIN, 0.01, "AdamW's, from two dimensions on; ours", SHARE)
     warmup: float = flag(TRAIN, 0.1, "share of a stage's steps, then linear decay; ours", SHARE)
     seed: int = flag(TRAIN, 42, "of draw, batches, dropout; paper: 5 seeds; 42: ours", SEED)
-    amp: str = flag(
-        TRAIN, "auto", "paper: mixed precision", choices=("auto", "bf16", "fp16", "off")
-    )
+    amp: str = flag(TRAIN, "auto", "paper: mixed precision", choices=PRECISIONS)
     device: str = flag(TRAIN, None, "cpu, cuda, cuda:1, mps; ours: the fastest that is there")
     select: str = flag(LOSS, None, "instead of the method's; ours", choices=SELECTIONS)
     distance: str = flag(LOSS, None, "instead of the method's; ours", choices=DISTANCES)
@@ -574,19 +570,13 @@ class Config:
     teacher_epochs: int = flag(TEACHER, 3, "to fine-tune one without a head; ours", COUNT)
     teacher_lr: float = flag(TEACHER, 2e-5, "for the same; ours", SHARE)
     teacher_seed: int = flag(TEACHER, 42, "for the same, whatever --seed; ours", SEED)
-    keep_teacher_epochs: bool = flag(TEACHER, None, "each of them; pro-kd: ours", action=ON_OFF)
+    keep_teacher_epochs: bool = flag(TEACHER, False, "pro-kd: always; ours", action="store_true")
     teacher_labels: str = flag(TEACHER, None, "its labels in its own order, A,B,..; ours")
-    teacher_cache: str = flag(
-        TEACHER, None, "folder of its outputs; ours: OUTPUT_DIR/teacher-cache"
-    )
+    teacher_cache: str = flag(TEACHER, None, "for its outputs; ours: OUTPUT_DIR/teacher-cache")
     output_dir: str = flag(OUTPUT, "runs", "results go to DIR/TASK/METHOD-seedN; ours")
     overwrite: bool = flag(OUTPUT, False, "anew where there are results; ours", action="store_true")
-    report: str = flag(
-        OUTPUT, None, "the table of all finished runs below this folder, no run; ours"
-    )
-    predict: str = flag(
-        PREDICT, None, "a finished run's folder: its model answers GLUE's test; ours"
-    )
+    report: str = flag(OUTPUT, None, "no run, the table of those that a folder holds; ours")
+    predict: str = flag(PREDICT, None, "no run, a finished one's folder: GLUE's test split; ours")
     test_file: str = flag(PREDICT, None, "as --train-file, label not needed: answers this; ours")
     label_map: str = flag(PREDICT, None, "ANSWER=LABEL,..: what answers are called there; ours")
     max_test_examples: int = flag(PREDICT, 10**7, "random subset, one for all runs; ours", COUNT)
@@ -603,11 +593,9 @@ class Config:
 
     @property
     def stage_epochs(self) -> list[range]:
-        """Of each stage, counted through: --first-stage of them, the rest in equal parts."""
-        count = len(self.stages)
-        first = self.first_stage or self.epochs // count
-        ends = [first + (self.epochs - first) * i // max(1, count - 1) for i in range(count)]
-        return [range(start + 1, end + 1) for start, end in zip([0, *ends], ends, strict=False)]
+        """Of each of one or two stages, counted through."""
+        first = self.first_stage or self.epochs // len(self.stages)
+        return [range(1, first + 1), range(first + 1, self.epochs + 1)][: len(self.stages)]
 
     def uses(self, *terms):
         """Is one of these fields set in any stage?"""
@@ -635,11 +623,10 @@ def parse(argv=None) -> Config:
     about = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n\n")[0]}  # errors: a line
     about["epilog"] = "paper: a value of the paper's; ours: of our choice, as the paper is silent"
     parser = argparse.ArgumentParser("railkd.py", allow_abbrev=False, **about)
-    for title, entries in itertools.groupby(fields(Config), lambda entry: entry.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for entry in entries:
-            name = "--" + entry.name.replace("_", "-")
-            group.add_argument(name, default=entry.default, **entry.metadata["options"])
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for entry in fields(Config):
+        name, group = "--" + entry.name.replace("_", "-"), groups[entry.metadata["group"]]
+        group.add_argument(name, default=entry.default, **entry.metadata["options"])
     parser.set_defaults(**other_defaults(parser.parse_known_args(argv)[0]))
     config = Config(**vars(parser.parse_args(argv)))
     if config.predict or config.test_file:
@@ -647,10 +634,7 @@ def parse(argv=None) -> Config:
     elif not config.report:
         check_task(config)
         check_method(config)
-    keep = (
-        config.uses("anneal") if config.keep_teacher_epochs is None else config.keep_teacher_epochs
-    )
-    return replace(config, keep_teacher_epochs=keep)
+    return replace(config, keep_teacher_epochs=config.keep_teacher_epochs or config.uses("anneal"))
 
 
 def other_defaults(known) -> dict:
@@ -708,13 +692,30 @@ def check_method(config):
 
 
 # --------------------------------------------------------------------------------- the machine
-class Machine(NamedTuple):
+class Machine:
     """What the machine decides: device, precision, and which of how many processes this is."""
 
-    device: torch.device
-    dtype: torch.dtype
-    rank: int
-    num_processes: int
+    def __init__(self, config):
+        """--device, or a GPU, Apple's mps, the CPU; under torchrun, the process group as well."""
+        fastest = "mps" if torch.backends.mps.is_available() else "cpu"
+        fastest = "cuda" if torch.cuda.is_available() else fastest
+        name, backend = config.device or fastest, "gloo"
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        with as_user_error(f"--device {name}"):
+            torch.ones(1, device=name).item()  # "meta", a device without values, has none
+        self.device = torch.device(name)
+        self.dtype = find_dtype(config.amp, self.device)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_num_threads(1)  # more of them wait for each other between short kernels
+            backend = "cpu:gloo,cuda:nccl"
+        if self.num_processes > 1 and not torch.distributed.is_initialized():
+            hours = timedelta(hours=24)  # that the others wait for the first one's pass
+            torch.distributed.init_process_group(backend, timeout=hours)
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
     def agree(self, value=None):
         """The first process's value, in all of them; the others wait for it here."""
@@ -722,29 +723,6 @@ class Machine(NamedTuple):
         if self.num_processes > 1:
             torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
-
-
-def find_machine(config) -> Machine:
-    """--device, or a GPU, Apple's mps, the CPU; precision; under torchrun, the process group."""
-    rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = config.device
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with as_user_error(f"--device {name}"):
-        torch.ones(1, device=name).item()  # "meta", a device without values, has none
-    device, backend = torch.device(name), "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_num_threads(1)  # more of them wait for each other between short kernels
-        backend = "cpu:gloo,cuda:nccl"
-    if num_processes > 1 and not torch.distributed.is_initialized():
-        hours = timedelta(hours=24)  # that the others wait for the first one's pass of the teacher
-        torch.distributed.init_process_group(backend, timeout=hours)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    return Machine(device, find_dtype(config.amp, device), rank, num_processes)
 
 
 def find_dtype(amp, device):
@@ -796,11 +774,10 @@ def remove(path):
 
 @contextlib.contextmanager
 def whole(target, owner="", once=False):
-    """A path to write a file or folder to, which takes the place of `target` when it is whole. What
-    a killed run has left there is cleared; `owner` keeps runs apart that write at the same time.
-    once: a target that is there already is as good, another run was faster."""
+    """A path to write a file or folder to, which replaces `target` when it is whole. `owner` keeps
+    runs apart that write at once; once: a target that is there by then, another run's, may stay."""
     unfinished = target.with_name(f"{target.name}{owner}.partial")
-    remove(unfinished)
+    remove(unfinished)  # of a killed run
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
@@ -824,18 +801,18 @@ def read_results(folder):
     """results.json of a finished run."""
     path = folder / "results.json"
     if not path.exists():
-        raise UserError(f"no finished run in {folder}, that is, no results.json")
+        raise UserError(f"no finished run in {folder}: there is no results.json")
     results = read_json(path)
-    config = results.get("config")
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{path} is of another program or version")
+    check_settings(f"{path} is of", {"format": FORMAT}, results.get("config"), ": run it again")
     return results
 
 
-def changed_settings(now, then):
-    """The names of those that differ, for a message; `then` is read from a file."""
+def check_settings(what, now, then, advice):
+    """UserError names those that differ; `then` is read from a file."""
     then = then if isinstance(then, dict) else {}
-    return ", ".join(name for name in now if name not in then or now[name] != then[name])
+    changed = [name for name in now if name not in then or now[name] != then[name]]
+    if changed:
+        raise UserError(f"{what} a run with other {', '.join(changed)}{advice}")
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -850,8 +827,8 @@ class TaskData(NamedTuple):
     fingerprint: str
 
     def score(self, answer) -> dict:
-        """All metrics of all dev sets, by name, that which selects the epoch first; MNLI's second
-        set adds "_mismatched" to the names. answer(split) -> logits (N, C)."""
+        """answer(split) -> logits (N, C). All metrics of all dev sets, that which selects the epoch
+        first; MNLI's second set adds "_mismatched" to the names."""
         scores = {}
         for split in self.dev:
             logits, suffix = answer(split), split.removeprefix("validation").replace("_matched", "")
@@ -948,6 +925,7 @@ def read_glue(config):
     with as_user_error(f"no data in {folder}", ADVICE):
         if not config.data_root:
             return load_dataset("nyu-mll/glue", config.task)
+        # left to itself the library takes both of MNLI's dev sets for one split
         names = {path.name.split("-")[0] for path in folder.glob("*.parquet")}
         files = {split: str(folder / f"{split}-*.parquet") for split in names}
         return load_dataset("parquet", data_files=files)
@@ -989,8 +967,9 @@ def read_columns(split, dataset, columns):
     is_label = {"str", "int", "float", "bool"}.issuperset(kinds.get("label") or ["none"])
     texts = [kinds.get(column) for column in columns]
     if not is_label or texts not in ([["str"]], [["str"], ["str"]]):
-        wanted = "rows of label and one or two columns of text"
-        raise UserError(f"{split}: {wanted} needed, not {kinds}")
+        raise UserError(
+            f"{split}: rows of label and one or two columns of text needed, not {kinds}"
+        )
     words = dict(enumerate(getattr(dataset.features["label"], "names", [])))
     return [table[column] for column in columns], [words.get(x, x) for x in table["label"]]
 
@@ -1029,14 +1008,32 @@ def number_labels(split, labels, names):
 
 # -------------------------------------------------------------------------------------- models
 class Encoder:
-    """An encoder with a head for the task, teacher or student, and its own tokenizer."""
+    """An encoder with a head for the task and its own tokenizer, from the hub or a folder. Role
+    "student": its head is new unless it has one of this size; others are used as they are."""
 
-    def __init__(self, name, model, tokenizer, has_trained_head):
-        from transformers import DataCollatorWithPadding
+    def __init__(self, role, name, data, machine):
+        """No code of a model is run. UserError: no encoder, or not whole."""
+        import transformers as hf
 
-        self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.has_trained_head, self.order = has_trained_head, slice(None)  # of its labels
-        self.collate = DataCollatorWithPadding(tokenizer)  # pads to the longest of a batch
+        labels, options = data.names or ["score"], {"trust_remote_code": False}
+        advice = "" if os.path.exists(name) else ADVICE
+        with as_user_error(f"cannot load the {role} {name}", advice):
+            config = hf.AutoConfig.from_pretrained(name, **options)
+            has_head = role != "student" and "SequenceClassification" in str(config.architectures)
+            if not has_head:
+                config.id2label = dict(enumerate(labels))
+                config.label2id = {label: i for i, label in enumerate(labels)}
+                config.problem_type = None if data.names else "regression"
+            tokenizer = hf.AutoTokenizer.from_pretrained(name, **options)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            load = hf.AutoModelForSequenceClassification.from_pretrained
+            model, info = load(name, config=config, **options)
+            self.has_trained_head = check_encoder(model, tokenizer, info) and has_head
+        if model.num_labels != len(labels):
+            raise UserError(f"{name} has {model.num_labels} labels, the task has {len(labels)}")
+        self.name, self.model, self.tokenizer = name, model.float().to(machine.device), tokenizer
+        self.order = slice(None)  # of its labels
+        self.collate = hf.DataCollatorWithPadding(tokenizer)  # pads to the longest of a batch
         self.inputs = inspect.signature(model.forward).parameters  # DistilBERT: no token_type_ids
         self.num_layers, self.width = model.config.num_hidden_layers, model.config.hidden_size
         self.num_params = model.num_parameters()
@@ -1056,28 +1053,6 @@ class Encoder:
         return output.logits.float()[:, self.order], output.hidden_states, inputs["attention_mask"]
 
 
-def load_encoder(role, name, data, machine) -> Encoder:
-    """From the hub or a folder. A student's head is new unless it has one of this size, others are
-    used as they are. No code of a model is run. UserError: no encoder, or not whole."""
-    import transformers as hf
-
-    labels, options = data.names or ["score"], {"trust_remote_code": False}
-    with as_user_error(f"cannot load the {role} {name}", "" if os.path.exists(name) else ADVICE):
-        config = hf.AutoConfig.from_pretrained(name, **options)
-        has_head = role != "student" and "SequenceClassification" in str(config.architectures)
-        if not has_head:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
-            config.problem_type = None if data.names else "regression"
-        tokenizer = hf.AutoTokenizer.from_pretrained(name, **options)
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "config": config}
-        model, info = hf.AutoModelForSequenceClassification.from_pretrained(name, **options)
-        is_whole = check_encoder(model, tokenizer, info)
-    if model.num_labels != len(labels):
-        raise UserError(f"{name} has {model.num_labels} labels, the task has {len(labels)}")
-    return Encoder(name, model.float().to(machine.device), tokenizer, has_head and is_whole)
-
-
 def check_encoder(model, tokenizer, info) -> bool:
     """Is nothing missing? ValueError if more than head and pooler is, or a tokenizer that fits."""
     import transformers as hf
@@ -1095,29 +1070,23 @@ def check_encoder(model, tokenizer, info) -> bool:
 
 
 def tokenize(encoder, texts, max_length):
-    """Texts, in one or two columns, cut to what tokenizer and positions allow -> `datasets.Dataset`
-    of input_ids, attention_mask, .. and their length."""
+    """One or two columns of texts, cut to what the encoder allows -> a `datasets.Dataset`."""
     from datasets import Dataset
 
     positions = getattr(encoder.model.config, "max_position_embeddings", 10**9)
     longest = encoder.tokenizer.model_max_length
     if longest > positions:  # it knows of no limit; RoBERTa's positions begin at 2
         longest = positions - 2
-    longest = min(max_length, longest)
-    options = {"truncation": True, "max_length": longest, "return_length": True}
+    cut = {"truncation": True, "max_length": min(max_length, longest), "return_length": True}
     table = Dataset.from_dict({str(i): column for i, column in enumerate(texts)})
-
-    def cut(batch):
-        return encoder.tokenizer(*batch.values(), **options)
-
-    return table.map(cut, batched=True, remove_columns=table.column_names, new_fingerprint="cut")
+    options = {"input_columns": table.column_names, "remove_columns": table.column_names}
+    options |= {"batched": True, "fn_kwargs": cut, "new_fingerprint": "cut"}
+    return table.map(encoder.tokenizer, **options)
 
 
 @torch.no_grad()
-def read_all(encoder, tokens, machine, rows=None, pool=None, layers=()):
-    """In eval mode, on the CPU: logits (N, C), and those layers pooled (N, k, d), of all examples
-    or of rows (N,), in their order."""
-    tokens = tokens if rows is None else tokens.select(rows.tolist())
+def read_all(encoder, tokens, machine, pool=None, layers=()):
+    """In eval mode, on the CPU: logits (N, C), and those layers pooled (N, k, d)."""
     order = torch.tensor(tokens["length"][:]).argsort(stable=True)  # batches with little padding
     encoder.model.eval()
     logits, pooled = [], []
@@ -1132,27 +1101,24 @@ def read_all(encoder, tokens, machine, rows=None, pool=None, layers=()):
 
 
 # ------------------------------------------------------------------------ the teacher's outputs
-class TeacherOutputs(NamedTuple):
-    """What the frozen teacher says of a split, computed once: logits.npy (N, C) in 32 bits and, if
-    its layers are wanted, pooled.npy (N, n, d_t) in 16 bits, of blocks 1..n."""
+# What the frozen teacher says of a split is computed once, into a folder: logits.npy (N, C) in 32
+# bits and, if its layers are wanted, pooled.npy (N, n, d_t) in 16 bits, of blocks 1..n.
+def read_outputs(folder, rows, layers=None) -> Tensor:
+    """Logits (B, C), or pooled states (B, k, d_t) of those layers; nothing else is read."""
+    import numpy as np
 
-    folder: Path
-
-    def read(self, rows, layers=None) -> Tensor:
-        """Logits (B, C), or pooled states (B, k, d_t) of those layers; nothing else is read."""
-        import numpy as np
-
-        path, where = self.folder / "logits.npy", rows.numpy()
-        if layers is not None:
-            path, where = self.folder / "pooled.npy", np.ix_(where, np.array(layers) - 1)
-        with as_user_error(f"{path} is damaged: delete its folder"):
-            # opened anew each time, for 0.1 ms: a memory map sent to a worker copies its data
-            return torch.from_numpy(np.load(path, mmap_mode="r")[where])
+    path, where = folder / "logits.npy", rows.numpy()
+    if layers is not None:
+        path, where = folder / "pooled.npy", np.ix_(where, np.array(layers) - 1)
+    with as_user_error(f"{path} is damaged: delete its folder"):
+        # opened anew each time, for 0.1 ms: a memory map sent to a worker copies its data
+        return torch.from_numpy(np.load(path, mmap_mode="r")[where])
 
 
-def read_teacher(teacher, tokens, pool, config, machine) -> TeacherOutputs:
-    """The teacher's pass over a split, by the first process, unless an earlier run has made it. The
-    folder's name is a hash of all that it depends on: what has changed never meets old outputs."""
+def ask_teacher(teacher, texts, pool, config, machine) -> Path:
+    """The folder of its outputs, which the first process makes, unless an earlier run has. Its name
+    is a hash of all that they depend on: what has changed never meets old outputs."""
+    tokens = tokenize(teacher, texts, config.max_length)
     content = [FORMAT, pool and pool.__name__, str(machine.dtype), str(teacher.model.config)]
     content += [teacher.tokenizer.padding_side, str(teacher.order)]
     key = hashlib.sha256(json.dumps(content).encode())
@@ -1160,21 +1126,20 @@ def read_teacher(teacher, tokens, pool, config, machine) -> TeacherOutputs:
         key.update(json.dumps(batch).encode())
     for tensor in teacher.model.state_dict().values():
         key.update(tensor.cpu().contiguous().numpy())
-    cache = Path(config.teacher_cache or Path(config.output_dir, "teacher-cache"))
-    outputs = TeacherOutputs(cache / key.hexdigest()[:16])
-    if machine.rank == 0 and not outputs.folder.exists():
+    cache = config.teacher_cache or Path(config.output_dir, "teacher-cache")
+    folder = Path(cache, key.hexdigest()[:16])
+    if machine.rank == 0 and not folder.exists():
         run = os.path.realpath(config.output_dir) + config.task + config.run_name
         owner = "-" + hashlib.sha256(run.encode()).hexdigest()[:8]
-        with whole(outputs.folder, owner, once=True) as unfinished:
+        with whole(folder, owner, once=True) as unfinished:
             write_outputs(unfinished, teacher, tokens, pool, machine)
     machine.agree()
-    outputs.read(torch.arange(1), [1] if pool else None)  # damage is told now, not in a worker
-    return outputs
+    read_outputs(folder, torch.arange(1), [1] if pool else None)  # damage is told now
+    return folder
 
 
 def write_outputs(folder, teacher, tokens, pool, machine):
-    """In row order, chunk by chunk, by ordinary writes: a full disk is then an error and not, as it
-    is through a memory map, a crash without a word."""
+    """By ordinary writes: through a memory map a full disk is a crash without a word."""
     import numpy as np
     from tqdm import tqdm
 
@@ -1186,9 +1151,9 @@ def write_outputs(folder, teacher, tokens, pool, machine):
     with open(folder / "pooled.npy" if pool else os.devnull, "wb") as file:  # no layers, no file
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        chunks = torch.arange(len(tokens)).split(2048)
-        for rows in tqdm(chunks, "teacher", leave=False, disable=None):
-            chunk_logits, pooled = read_all(teacher, tokens, machine, rows, pool, layers)
+        for start in tqdm(range(0, len(tokens), 2048), "teacher", leave=False, disable=None):
+            chunk = tokens.select(range(start, min(start + 2048, len(tokens))))
+            chunk_logits, pooled = read_all(teacher, chunk, machine, pool, layers)
             logits.append(chunk_logits)
             file.write(pooled.clamp(-65504, 65504).half().numpy().tobytes())  # 16 bits' range
     np.save(folder / "logits.npy", torch.cat(logits).numpy())
@@ -1196,9 +1161,8 @@ def write_outputs(folder, teacher, tokens, pool, machine):
 
 # ------------------------------------------------------------------------------------- batches
 class TrainingSet(Dataset):
-    """Request -> all that a step needs, on the CPU. A request is rows (B,), layers of the teacher's
-    states, its checkpoint for its logits, or None: what changes by epoch travels in it, as a worker
-    that lives on never sees what the training process changes later."""
+    """Request -> a step's batch, on the CPU. A request is rows (B,), the teacher's layers, or None,
+    and its checkpoint, or None: a worker that lives on sees what has changed from it alone."""
 
     def __init__(self, student, tokens, data, outputs=()):
         self.tokens, self.collate, self.outputs = tokens, student.collate, outputs
@@ -1210,9 +1174,9 @@ class TrainingSet(Dataset):
         batch = {**self.collate(self.tokens[rows.tolist()]), "rows": rows}
         batch["gold"] = self.labels[rows]  # to "labels" the model would add a loss of its own
         if checkpoint is not None:
-            batch["logits_t"] = self.outputs[checkpoint].read(rows)
+            batch["logits_t"] = read_outputs(self.outputs[checkpoint], rows)
         if layers_t is not None:
-            batch["pooled_t"] = self.outputs[-1].read(rows, layers_t)
+            batch["pooled_t"] = read_outputs(self.outputs[-1], rows, layers_t)
         return batch
 
     def draw(self, size, seed, epoch, machine):
@@ -1238,13 +1202,11 @@ def reset_signals(worker):
 
 
 def make_loader(training_set, requests, machine):
-    """One for all epochs, as starting workers takes seconds: `requests`, a list, is refilled. They
-    make batches while a GPU computes; a CPU has no cores to spare for them."""
-    options = {"num_workers": 2, "persistent_workers": True, "pin_memory": True}
-    if machine.device.type != "cuda":
-        options = {}
-    options |= {"sampler": requests, "batch_size": None}  # a request is a batch
+    """One for all epochs, as starting workers takes seconds: the list `requests` is refilled."""
+    options = {"sampler": requests, "batch_size": None}  # a request is a batch
     options["generator"] = torch.Generator()  # else every epoch draws from the global one
+    if machine.device.type == "cuda":  # a CPU has no cores to spare for workers
+        options |= {"num_workers": 2, "persistent_workers": True, "pin_memory": True}
     return DataLoader(training_set, worker_init_fn=reset_signals, **options)
 
 
@@ -1268,7 +1230,7 @@ class Objective(nn.Module):
         self.model, self.ild = student.model, ild if stage.ild else None
         self.temperature, self.num_checkpoints = config.temperature, num_checkpoints
         self.max_temperature = (config.max_temperature or 7.0) if stage.anneal else None
-        self.checkpoint = num_checkpoints - 1 if num_checkpoints else None  # the teacher itself
+        self.checkpoint = num_checkpoints - 1 if stage.kd else None  # the last: the teacher itself
         self.layers_t = None
 
     def set_epoch(self, epoch):
@@ -1289,8 +1251,8 @@ class Objective(nn.Module):
         fit = F.mse_loss if labels.is_floating_point() else F.cross_entropy
         terms = {"ce": fit(logits_s.squeeze(1), labels)}  # a regression's (B, 1) -> (B,)
         if "logits_t" in batch:
-            temperatures = self.temperature, self.max_temperature
-            terms["kd"] = kd_loss(logits_s, batch["logits_t"], *temperatures)
+            logits_t = batch["logits_t"]
+            terms["kd"] = kd_loss(logits_s, logits_t, self.temperature, self.max_temperature)
         if self.ild:
             slots = self.ild.layers_s, self.ild.num_layers_s
             pooled_s = self.ild.pool(hidden_s, mask_s, *slots)
@@ -1324,10 +1286,8 @@ def load_checkpoint(path, facts, parts) -> list:
     if not path.exists():
         return []
     with as_user_error(f"{path} is damaged: delete it and start again"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        changed = changed_settings(facts, content.get("facts"))
-    if changed:
-        raise UserError(f"{path} is of a run with other {changed}: pass the same, or delete it")
+        content = {} | torch.load(path, map_location="cpu", weights_only=True)
+    check_settings(f"{path} is of", facts, content.get("facts"), ": pass the same, or delete it")
     for name, part in parts.items():
         part.load_state_dict(content[name])
     print(f"resumed after epoch {content['rows'][-1]['epoch']}", flush=True)
@@ -1388,9 +1348,8 @@ def train_epoch(net, loader, parts, machine, epoch):
 
 
 def train(objective, training_set, evaluate, config, machine, folder, earlier=(), keep=False):
-    """One stage: for each epoch draw, train, evaluate, keep the best, log, checkpoint. Into the
-    folder go model/, the best epoch by evaluate()'s "score" (keep: each one too), log.jsonl, and
-    checkpoint.pt, from which the same call goes on. -> the rows of all stages so far."""
+    """One stage: for each epoch draw, train, evaluate, save: the best model (keep: each), the log,
+    and checkpoint.pt, from which the same call goes on. -> the rows of all stages so far."""
     net, requests = objective, []
     if machine.num_processes > 1:
         # a stage of no logits leaves the head without a gradient
@@ -1401,7 +1360,7 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
     parts = make_parts(objective, config, machine, num_steps)
     facts = config.settings | {"data": training_set.fingerprint, "precision": str(machine.dtype)}
     facts["processes"] = machine.num_processes
-    facts["teacher's outputs"] = [outputs.folder.name for outputs in training_set.outputs]
+    facts["teacher's outputs"] = [folder.name for folder in training_set.outputs]
     rows = load_checkpoint(folder / "checkpoint.pt", facts, parts)
     for epoch in objective.epochs[len(rows) :]:
         best = max(rows, key=lambda row: row["score"], default={"score": -math.inf, "epoch": epoch})
@@ -1448,23 +1407,15 @@ def measure(name, answers, labels):
     return value if math.isfinite(value) else 0.0
 
 
-def evaluate(encoder, tokens, data, machine, pool, layers):
-    """-> metrics, the score that selects the epoch, and cosine_s, the alarm for a collapse."""
-    metrics = data.score(lambda split: read_all(encoder, tokens[split], machine)[0])
-    cosine = mean_cosine(encoder, tokens[data.dev[0]], machine, pool, layers)
-    return {"metrics": metrics, "score": next(iter(metrics.values())), "cosine_s": cosine}
-
-
 def in_words(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def mean_cosine(encoder, tokens, machine, pool, layers):
-    """Mean cosine of the pooled states of different examples, over the layers in use: 1 where all
-    point one way. On up to 256 examples, the same in all runs; 0 if there is but one."""
-    size = len(tokens)
-    rows = torch.arange(0, size, math.ceil(size / 256))
-    states = unit(read_all(encoder, tokens, machine, rows, pool, layers)[1])  # (n, m, d)
+    """The alarm for a collapse: mean cosine of the pooled states of different examples, over the
+    layers in use; 1 where all point one way. On up to 256 examples; 0 if there is but one."""
+    tokens = tokens.select(range(0, len(tokens), math.ceil(len(tokens) / 256)))
+    states = unit(read_all(encoder, tokens, machine, pool, layers)[1])  # (n, m, d)
     n = len(states)
     all_pairs = states.mean(0).square().sum(-1).mean().item()
     return (n * all_pairs - 1) / max(1, n - 1)  # without those of an example with itself
@@ -1473,7 +1424,7 @@ def mean_cosine(encoder, tokens, machine, pool, layers):
 # --------------------------------------------------------------------------------- the teacher
 def load_teacher(name, data, config, machine) -> Encoder:
     """One of the command line; --teacher-labels puts its logits into the task's order."""
-    teacher, theirs = load_encoder("teacher", name, data, machine), config.teacher_labels
+    teacher, theirs = Encoder("teacher", name, data, machine), config.teacher_labels
     if (config.predict or config.teacher_names[1:]) and not teacher.has_trained_head:
         raise UserError(f"the teacher {teacher.title} has no head for the task")
     if theirs and teacher.has_trained_head and name in config.teacher_names:
@@ -1483,35 +1434,32 @@ def load_teacher(name, data, config, machine) -> Encoder:
     return teacher
 
 
-def prepare_teacher(data, config, machine, work) -> Encoder:
-    """The teacher with a head for the task: as it is, or fine-tuned, now or by an earlier run."""
+def plan_tuning(data, config, machine):
+    """-> the flags that fine-tuning a teacher depends on, and no more; its folder for all runs."""
     common = ("teacher", "max_length", "weight_decay", "warmup", "keep_teacher_epochs")
     options = {name: getattr(config, name) for name in common}
     options |= {"epochs": config.teacher_epochs, "patience": config.teacher_epochs}
     options |= {"lr": config.teacher_lr, "seed": config.teacher_seed}
-    tuning = Config(method="none", **options)  # all that fine-tuning depends on, and no more
+    tuning = Config(method="none", **options)
     content = json.dumps([tuning.settings, data.fingerprint, str(machine.dtype)])
     key = hashlib.sha256(content.encode()).hexdigest()[:12]
-    name = config.teacher_names[-1]
-    folder = Path(config.output_dir, config.task, f"teacher-{Path(name).name}-{key}")
-    if not machine.agree(folder.exists()):
-        torch.manual_seed(config.teacher_seed)  # draws the head, if there is none
-        teacher = load_teacher(name, data, config, machine)
-        if teacher.has_trained_head:
-            return teacher
-        if machine.rank == 0 and not (work / "checkpoint.pt").exists():
-            remove(work)  # of a training that was given up
-        print(f"teacher  {teacher.title} has no head: fine-tuned for {folder}", flush=True)
-        tuning = replace(tuning, batch_size=max(1, tuning.batch_size // machine.num_processes))
-        tokens = {x: tokenize(teacher, data.texts[x], config.max_length) for x in data.texts}
-        train_stages(teacher, tokens, data, tuning, machine, work, keep=config.keep_teacher_epochs)
-        if machine.rank == 0:
-            with contextlib.suppress(OSError):  # another run was faster
-                work.rename(folder)
-        machine.agree()
+    name = f"teacher-{Path(config.teacher_names[-1]).name}-{key}"
+    return tuning, Path(config.output_dir, config.task, name)
+
+
+def tune_teacher(teacher, data, tuning, machine, work, folder) -> Encoder:
+    """Give it a head for the task. A training that was stopped goes on in its folder `work`."""
+    print(f"teacher  {teacher.title} has no head: fine-tuned for {folder}", flush=True)
+    if machine.rank == 0 and not (work / "checkpoint.pt").exists():
+        remove(work)  # of a training that was given up
+    tuning = replace(tuning, batch_size=max(1, tuning.batch_size // machine.num_processes))
+    train_stages(teacher, data, tuning, machine, work, keep=tuning.keep_teacher_epochs)
     if machine.rank == 0:
-        remove(folder / "checkpoint.pt")
-    return load_encoder("teacher", str(folder / "model"), data, machine)
+        remove(work / "checkpoint.pt")
+        with contextlib.suppress(OSError):  # another run was faster
+            work.rename(folder)
+    machine.agree()
+    return Encoder("teacher", str(folder / "model"), data, machine)
 
 
 def check_label_order(answers, labels, names):
@@ -1530,13 +1478,11 @@ def check_label_order(answers, labels, names):
 
 
 def score_teacher(teacher, data, config, machine) -> dict:
-    """What results.json says of it, with its metrics on dev from its cached outputs, by which the
-    order of a given teacher's labels is checked."""
+    """What results.json says of it. On dev the order of a given teacher's labels is checked."""
     answers, dev = {}, data.dev[0]
     for split in data.dev:
-        tokens = tokenize(teacher, data.texts[split], config.max_length)
-        outputs = read_teacher(teacher, tokens, None, config, machine)
-        answers[split] = outputs.read(torch.arange(len(data.labels[split])))
+        folder = ask_teacher(teacher, data.texts[split], None, config, machine)
+        answers[split] = read_outputs(folder, torch.arange(len(data.labels[split])))
     metrics = data.score(answers.get)
     print(
         f"teacher  {teacher.title}; {in_words(metrics)}; majority baseline {data.floor:.4f}",
@@ -1551,213 +1497,67 @@ def score_teacher(teacher, data, config, machine) -> dict:
     return facts | {"teacher_score": score, "teacher_metrics": metrics}
 
 
-def read_checkpoints(teacher, data, config, machine) -> list[TeacherOutputs]:
-    """The outputs on the training data: of the teacher, or, for Pro-KD, of each of its checkpoints
-    in training order, the epochs of our own fine-tuning or those of the command line."""
-    names, pool, outputs = [teacher.name], METHODS[config.method].pool, []
+def ask_checkpoints(teacher, data, config, machine) -> list[Path]:
+    """Its outputs on the training data or, for Pro-KD, those of each of its checkpoints in training
+    order, the epochs of our own fine-tuning or the models of the command line."""
+    names, pool = [*config.teacher_names[:-1], teacher.name], METHODS[config.method].pool
     if config.uses("anneal"):
-        names = [*config.teacher_names[:-1], teacher.name]
-        if teacher.name not in config.teacher_names:  # of our own fine-tuning: its epochs
-            epochs = sorted(str(path) for path in Path(teacher.name).parent.glob("epoch-*"))
-            names = epochs or names
+        if teacher.name not in config.teacher_names:  # of our own fine-tuning
+            names = sorted(map(str, Path(teacher.name).parent.glob("epoch-*"))) or names
         alone = "" if names[1:] else ", alone: Annealing-KD"
         print(f"{len(names)} checkpoint(s) of the teacher{alone}", flush=True)
         pool = pool if config.uses("ild") else None  # other methods' are cached for all of them
+    folders = []
     for name in names:
         encoder = teacher if name == teacher.name else load_teacher(name, data, config, machine)
-        tokens = tokenize(encoder, data.texts["train"], config.max_length)
-        outputs.append(read_teacher(encoder, tokens, pool, config, machine))
-    return outputs
+        folders.append(ask_teacher(encoder, data.texts["train"], pool, config, machine))
+    return folders
 
 
-def make_loss(student, num_examples, config, machine) -> IntermediateLoss:
-    """The method's, with the options of the command line. UserError: teacher and student do not go
-    together, before either is trained."""
-    import transformers as hf
-
-    name = config.teacher_names[-1]
-    with as_user_error(f"cannot load the teacher {name}", "" if os.path.exists(name) else ADVICE):
-        teacher = hf.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        blocks = student.num_layers, teacher.num_hidden_layers
-        widths = student.width, teacher.hidden_size
-    names = ("select", "distance", "proj_dim", "teacher_proj", "start", "shared")
-    flags = {**asdict(config), "shared": config.shared_proj}
-    options = {name: flags[name] for name in names if flags[name] is not None}
+def make_loss(student, teacher, num_examples, config, machine) -> IntermediateLoss:
+    """The method's, with the options of the command line."""
+    names = ("select", "distance", "proj_dim", "teacher_proj", "start")
+    options = {name: getattr(config, name) for name in names} | {"shared": config.shared_proj}
+    options = {name: value for name, value in options.items() if value is not None}
     if DISTANCES[config.distance or METHODS[config.method].distance] is ContrastiveDistance:
         options["num_examples"] = num_examples
         if machine.num_processes > 1:
             raise UserError("a memory bank is of one process: no torchrun")
+    blocks, widths = (student.num_layers, teacher.num_layers), (student.width, teacher.width)
     torch.manual_seed(config.seed)
     what = f"--method {config.method}, {blocks[1]} blocks to {blocks[0]}"
     with as_user_error(what, kind=ValueError):
         return IntermediateLoss(config.method, *blocks, *widths, config.seed, **options)
 
 
-def start_maps(ild, student, tokens, outputs, machine):
-    """The ridge start, on up to 2,000 training examples."""
-    size = len(tokens)
-    rows = torch.tensor(random.Random("ridge").sample(range(size), min(2000, size)))
-    pooled_s = read_all(student, tokens, machine, rows, ild.pool_tokens, ild.layers_s)[1]
-    pooled_t = outputs.read(rows, range(1, ild.num_layers_t + 1))
-    ild.fit_pooled(pooled_s, pooled_t.float())
-    ild.to(machine.device)
-
-
-# ------------------------------------------------------------------------------------- the run
-def run(config) -> dict:
-    """Distil, or, where that is done already, tell the stored results again."""
-    folder = Path(config.output_dir, config.task, config.run_name)
-    if config.overwrite or not (folder / "results.json").exists():
-        distil(config, folder)
-    results = read_json(folder / "results.json")
-    changed = changed_settings(config.settings, results.get("config"))
-    if changed:
-        raise UserError(f"{folder} holds a run with other {changed}; --overwrite it?")
-    if os.environ.get("RANK", "0") == "0":
-        clear(folder)
-    metric, score, floor = results["metric"], results["best_score"], results["floor"]
-    if results["teacher_score"] is not None:
-        print(f"teacher  {metric} {results['teacher_score']:.4f}")
-    print(f"student  {metric} {score:.4f} in epoch {results['best_epoch']}")
-    if score <= floor + 0.01:
-        print(f"WARNING: the student has learned nothing: baseline {floor:.4f}")
-    if results["collapsed"]:
-        print("WARNING: the student has collapsed, its states are all alike")
-    print(f"model    {results['model']}; to train it anew: --overwrite")
-    return results
-
-
-def clear(folder, *more):
-    """What is of no use once a run is finished, or is to be overwritten."""
-    for pattern in ("checkpoint.pt", "stage-*", "teacher", "*.partial", *more):
-        for path in folder.glob(pattern):
-            remove(path)
-
-
-def make_toy_models(config, machine):
-    """The untrained models of the toy task, where `parse` expects them."""
-    if config.task == "toy" and machine.rank == 0:
-        folder, owner = Path(config.output_dir, "toy"), f"-{config.run_name}"
-        toy_model(folder / "teacher", 4, 96, owner)
-        toy_model(folder / "student", 3, 16, owner)
-    machine.agree()
-
-
-def consult_teacher(student, tokens, data, config, machine, work):
-    """-> what results.json says of the teacher, its outputs on the training data (of each of its
-    checkpoints), and the loss between layers, ready to train."""
-    results = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
-    outputs, ild = [], None
-    if config.uses("ild"):
-        ild = make_loss(student, len(tokens), config, machine)
-    if config.uses("kd", "ild"):
-        teacher = prepare_teacher(data, config, machine, work)
-        results = score_teacher(teacher, data, config, machine)
-        outputs = read_checkpoints(teacher, data, config, machine)
-        teacher.model.requires_grad_(False).to("cpu")  # from here on its outputs are all we need
-    if ild:
-        start_maps(ild, student, tokens, outputs[-1], machine)
+def consult_teacher(student, data, config, machine, work):
+    """-> what results.json says of it, its outputs on the training data (of each checkpoint), and
+    the loss between layers, ready to train."""
+    if not config.uses("kd", "ild"):
+        none = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
+        return none, [], None
+    tuning, folder = plan_tuning(data, config, machine)
+    is_tuned = machine.agree(folder.exists())
+    torch.manual_seed(config.teacher_seed)  # draws the head, if there is none
+    name = str(folder / "model") if is_tuned else config.teacher_names[-1]
+    teacher, ild = load_teacher(name, data, config, machine), None
+    if config.uses("ild"):  # before the teacher is trained: they may not go together
+        ild = make_loss(student, teacher, len(data.labels["train"]), config, machine)
+    if not teacher.has_trained_head:
+        teacher = tune_teacher(teacher, data, tuning, machine, work, folder)
+    results = score_teacher(teacher, data, config, machine)
+    outputs = ask_checkpoints(teacher, data, config, machine)
+    teacher.model.requires_grad_(False).to("cpu")  # from here on its outputs are all we need
+    if ild:  # the ridge start, on up to 2,000 examples
+        size = len(data.labels["train"])
+        rows = random.Random("ridge").sample(range(size), min(2000, size))
+        texts = [[column[row] for row in rows] for column in data.texts["train"]]
+        tokens = tokenize(student, texts, config.max_length)
+        pooled_s = read_all(student, tokens, machine, ild.pool_tokens, ild.layers_s)[1]
+        pooled_t = read_outputs(outputs[-1], torch.tensor(rows), range(1, teacher.num_layers + 1))
+        ild.fit_pooled(pooled_s, pooled_t.float())
+        ild.to(machine.device)
     return results, outputs, ild
-
-
-def distil(config, folder):
-    """From the data to the finished student in its folder."""
-    prepare_libraries(config)
-    keep_memory()
-    machine = find_machine(config)
-    make_toy_models(config, machine)
-    data = load_data(config)
-    torch.manual_seed(config.seed)  # draws the student's head
-    student = load_encoder("student", config.student, data, machine)
-    if config.uses("mix") and "inputs_embeds" not in student.inputs:
-        raise UserError(f"{config.student} takes no inputs_embeds, which mix-up needs")
-    tokens = {x: tokenize(student, data.texts[x], config.max_length) for x in data.texts}
-    work = folder / "teacher"
-    results, outputs, ild = consult_teacher(student, tokens["train"], data, config, machine, work)
-    device = f"{machine.device}, {machine.dtype}"
-    print(f"student  {student.title}; {len(data.labels['train'])} training examples")
-    print(f"method   {config.run_name}; {device}", flush=True)
-    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
-        clear(folder, "results.json", "predictions.*", "submission")
-    machine.agree()
-    results |= train_stages(student, tokens, data, config, machine, folder, outputs, ild)
-    libraries = ("torch", "transformers", "datasets")
-    results |= {
-        "task": config.task,
-        "method": config.method,
-        "seed": config.seed,
-        "labels": data.names or None,
-        "columns": len(data.texts["train"]),
-        "floor": data.floor,
-        "params_s": student.num_params,
-        "model": str(folder / "model"),
-        "config": config.settings,
-        "versions": {name: version(name) for name in libraries},
-        "device": device,
-    }
-    if machine.rank == 0:
-        with whole(folder / "results.json") as unfinished:
-            unfinished.write_text(json.dumps(results, indent=1))
-    machine.agree()
-
-
-def train_stages(student, tokens, data, config, machine, folder, outputs=(), ild=None, keep=False):
-    """The method's stages, one call of `train` after the other -> what results.json says of them.
-    All but the last work in a folder of their own and are not stopped early."""
-    pool, layers, history = mean_pool, range(1, max(2, student.num_layers)), []
-    if ild:
-        pool, layers = ild.pool_tokens, ild.layers_s
-    watch = partial(evaluate, student, tokens, data, machine, pool, layers)
-    before = mean_cosine(student, tokens[data.dev[0]], machine, pool, layers)
-    for i, (stage, epochs) in enumerate(zip(config.stages, config.stage_epochs, strict=True), 1):
-        path, stage_config = folder, config
-        if i < len(config.stages):
-            path, stage_config = folder / f"stage-{i}", replace(config, patience=config.epochs)
-        # annealing goes through all the teacher's checkpoints, else the last one speaks alone
-        followed = outputs if stage.anneal else outputs[-1:]
-        training_set = TrainingSet(student, tokens["train"], data, followed)
-        num_checkpoints = len(followed) if stage.kd else 0
-        objective = Objective(i, stage, epochs, student, config, machine, num_checkpoints, ild)
-        history = train(objective, training_set, watch, stage_config, machine, path, history, keep)
-        if i < len(config.stages) and stage.then == "best":
-            machine.agree()  # the first process has saved it
-            best = load_encoder("student", str(path / "model"), data, machine)
-            student.model.load_state_dict(best.model.state_dict())
-    best = max(history, key=lambda row: (row["stage"], row["score"]))  # of the last stage
-    scores = {"metric": next(iter(best["metrics"])), "best_score": best["score"]}
-    scores |= {"best_epoch": best["epoch"], "last_score": history[-1]["score"]}
-    scores["collapsed"] = 1 - best["cosine_s"] < 0.1 * (1 - before)
-    return scores | {"history": history}
-
-
-def report(folder) -> dict:
-    """Print the table of all finished runs below a folder: mean and sample deviation over seeds."""
-    scores = {}  # (row, task) -> run -> score x 100; a teacher counts once for all seeds
-    for path in sorted(Path(folder).rglob("*-seed*/results.json")):
-        results = read_results(path.parent)
-        task = results["task"]
-        point = Path(*path.relative_to(folder).parts[:-3])  # of a grid, or "."
-        row = str(point / path.parent.name.split("-seed")[0])
-        scores.setdefault((row, task), {})[path] = 100 * results["best_score"]
-        score_t = results["teacher_score"]
-        if score_t is not None:
-            scores.setdefault(("teacher", task), {})[score_t] = 100 * score_t
-    if not scores:
-        raise UserError(f"no finished run (results.json) below {folder}")
-    tasks = list(dict.fromkeys(task for _, task in scores))
-    print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
-    for row in sorted({row for row, _ in scores}, key=lambda row: (row != "teacher", row)):
-        runs = [list(scores.get((row, task), {}).values()) for task in tasks]
-        average = f"{statistics.mean(map(statistics.mean, runs)):.1f}" if all(runs) else "-"
-        print("|", " | ".join([row, *map(describe_scores, runs), average]), "|")
-    return scores
-
-
-def describe_scores(values):
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
-    return f"{statistics.mean(values):.1f}{deviation} (n={len(values)})"
 
 
 # --------------------------------------------------------------------------------- predictions
@@ -1765,12 +1565,12 @@ def predict(config) -> dict:
     """A finished student's answers to --test-file, else to its task's test split, for the GLUE
     server. -> what is found out about the file."""
     prepare_libraries(config)
-    machine, results = find_machine(config), read_results(Path(config.predict))
+    machine, results = Machine(config), read_results(Path(config.predict))
     task, names = results["task"], results["labels"] or []
     if config.task != task:
         raise UserError(f"{config.predict} is a run of {task}")
     data = TaskData({}, {}, names, metrics_of(task, names), [], "")
-    student = load_encoder("model", config.student, data, machine)
+    student = Encoder("model", config.student, data, machine)
     if config.test_file:
         return predict_file(student, data, results["columns"], config, machine)
     if task not in TASKS or task == "toy":
@@ -1856,6 +1656,131 @@ def answer(encoder, texts, called, config, machine, rows=None):
     chances, numbers = logits.softmax(dim=1).max(dim=1)
     words = [called[number] for number in numbers]
     return pandas.DataFrame({"prediction": words, "probability": chances.tolist()}, rows)
+
+
+# ------------------------------------------------------------------------------------- the run
+def run(config) -> dict:
+    """Distil, or, where that is done already, tell the stored results again."""
+    folder = Path(config.output_dir, config.task, config.run_name)
+    if config.overwrite or not (folder / "results.json").exists():
+        distil(config, folder)
+    results = read_json(folder / "results.json")
+    check_settings(f"{folder} holds", config.settings, results.get("config"), "; --overwrite it?")
+    if os.environ.get("RANK", "0") == "0":
+        clear(folder)
+    metric, score, floor = results["metric"], results["best_score"], results["floor"]
+    if results["teacher_score"] is not None:
+        print(f"teacher  {metric} {results['teacher_score']:.4f}")
+    print(f"student  {metric} {score:.4f} in epoch {results['best_epoch']}")
+    if score <= floor + 0.01:
+        print(f"WARNING: the student has learned nothing: baseline {floor:.4f}")
+    if results["collapsed"]:
+        print("WARNING: the student has collapsed, its states are all alike")
+    print(f"model    {results['model']}; to train it anew: --overwrite")
+    return results
+
+
+def clear(folder, *more):
+    """What is of no use once a run is finished, or is to be overwritten."""
+    for pattern in ("checkpoint.pt", "stage-*", "teacher", "*.partial", *more):
+        for path in folder.glob(pattern):
+            remove(path)
+
+
+def distil(config, folder):
+    """From the data to the finished student in its folder."""
+    prepare_libraries(config)
+    keep_memory()
+    machine = Machine(config)
+    if config.task == "toy":  # models where `parse` expects them
+        toy, owner = Path(config.output_dir, "toy"), f"-{config.run_name}-{machine.rank}"
+        toy_model(toy / "teacher", 4, 96, owner)
+        toy_model(toy / "student", 3, 16, owner)
+    data = load_data(config)
+    torch.manual_seed(config.seed)  # draws the student's head
+    student = Encoder("student", config.student, data, machine)
+    if config.uses("mix") and "inputs_embeds" not in student.inputs:
+        raise UserError(f"{config.student} takes no inputs_embeds, which mix-up needs")
+    results, outputs, ild = consult_teacher(student, data, config, machine, folder / "teacher")
+    device = f"{machine.device}, {machine.dtype}"
+    print(f"student  {student.title}; {len(data.labels['train'])} training examples")
+    print(f"method   {config.run_name}; {device}", flush=True)
+    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
+        clear(folder, "results.json", "predictions.*", "submission")
+    machine.agree()
+    results |= train_stages(student, data, config, machine, folder, outputs, ild)
+    results |= {"task": config.task, "method": config.method, "seed": config.seed}
+    results |= {"labels": data.names or None, "columns": len(data.texts["train"])}
+    results |= {"floor": data.floor, "params_s": student.num_params}
+    results |= {"model": str(folder / "model"), "config": config.settings, "device": device}
+    results["versions"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
+    if machine.rank == 0:
+        with whole(folder / "results.json") as unfinished:
+            unfinished.write_text(json.dumps(results, indent=1))
+    machine.agree()
+
+
+def train_stages(student, data, config, machine, folder, outputs=(), ild=None, keep=False):
+    """The method's stages, one call of `train` after the other -> what results.json says of them.
+    All but the last work in a folder of their own and are not stopped early."""
+    tokens = {x: tokenize(student, data.texts[x], config.max_length) for x in data.texts}
+    pool, layers, history = mean_pool, range(1, max(2, student.num_layers)), []
+    if ild:
+        pool, layers = ild.pool_tokens, ild.layers_s
+
+    def cosine():
+        return mean_cosine(student, tokens[data.dev[0]], machine, pool, layers)
+
+    def evaluate():
+        metrics = data.score(lambda split: read_all(student, tokens[split], machine)[0])
+        score = next(iter(metrics.values()))  # selects the epoch
+        return {"metrics": metrics, "score": score, "cosine_s": cosine()}
+
+    before, training_set = cosine(), TrainingSet(student, tokens["train"], data, outputs)
+    for i, (stage, epochs) in enumerate(zip(config.stages, config.stage_epochs, strict=True), 1):
+        path, flags = folder, config
+        if i < len(config.stages):
+            path, flags = folder / f"stage-{i}", replace(config, patience=config.epochs)
+        objective = Objective(i, stage, epochs, student, config, machine, len(outputs), ild)
+        history = train(objective, training_set, evaluate, flags, machine, path, history, keep)
+        if i < len(config.stages) and stage.then == "best":
+            machine.agree()  # the first process has saved it
+            best = Encoder("student", str(path / "model"), data, machine)
+            student.model.load_state_dict(best.model.state_dict())
+    best = max(history, key=lambda row: (row["stage"], row["score"]))  # of the last stage
+    scores = {"metric": next(iter(best["metrics"])), "best_score": best["score"]}
+    scores |= {"best_epoch": best["epoch"], "last_score": history[-1]["score"]}
+    scores["collapsed"] = 1 - best["cosine_s"] < 0.1 * (1 - before)
+    return scores | {"history": history}
+
+
+def report(folder) -> dict:
+    """Print the table of all finished runs below a folder: mean and sample deviation over seeds."""
+    scores = {}  # (row, task) -> run -> score x 100; a teacher counts once for all seeds
+    for path in sorted(Path(folder).rglob("*-seed*/results.json")):
+        results = read_results(path.parent)
+        task, score_t = results["task"], results["teacher_score"]
+        point = Path(*path.relative_to(folder).parts[:-3])  # of a grid, or "."
+        row = str(point / path.parent.name.split("-seed")[0])
+        scores.setdefault((row, task), {})[path] = 100 * results["best_score"]
+        if score_t is not None:
+            scores.setdefault(("teacher", task), {})[score_t] = 100 * score_t
+    if not scores:
+        raise UserError(f"no finished run (results.json) below {folder}")
+    tasks = list(dict.fromkeys(task for _, task in scores))
+    print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
+    for row in sorted({row for row, _ in scores}, key=lambda row: (row != "teacher", row)):
+        runs = [list(scores.get((row, task), {}).values()) for task in tasks]
+        average = f"{statistics.mean(map(statistics.mean, runs)):.1f}" if all(runs) else "-"
+        print("|", " | ".join([row, *map(describe_scores, runs), average]), "|")
+    return scores
+
+
+def describe_scores(values):
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
+    return f"{statistics.mean(values):.1f}{deviation} (n={len(values)})"
 
 
 def explain(error):
