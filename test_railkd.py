@@ -1469,7 +1469,7 @@ def test_mistakes_in_predictions(place, models, capsys):
     (run / "model" / "config.json").write_text("{}")
     mistake(args, place, capsys, "cannot load the model", str(run / "model"))
     (run / "results.json").write_text('{"task": "mnli"}')
-    mistake(args, place, capsys, "results.json is of another program or version")
+    mistake(args, place, capsys, "results.json is of a run with other format")
 
 
 # ----------------------------------------------------------------------------------- the training
