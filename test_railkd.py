@@ -644,10 +644,8 @@ def test_gradients_reach_all_they_should(method, d_s):
     for hidden in hidden_t:
         assert hidden.grad is None
     for name, p in loss.named_parameters():
-        if "proj_t" in name and method != "codir":
-            assert not p.requires_grad
-        else:
-            assert p.grad.abs().sum() > 0, name
+        frozen = "proj_t" in name and method != "codir"
+        assert p.requires_grad != frozen and (frozen or p.grad.abs().sum() > 0), name
     distance = R.LayerwiseDistance(D_S, D_T, M, teacher_proj="trained", start="random")
     distance(*pooled()).backward()
     assert distance.proj_t.weight.grad.abs().sum() > 0
@@ -719,20 +717,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def seen():
-    """Every batch of token ids that a model is given: is it in training, and the ids."""
-    batches = []
-
-    def note(module, args):
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == 89:  # of words
-            batches.append((module.training, args[0].clone()))
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
-    yield batches
-    hook.remove()
-
-
 # ----------------------------------------------------------------------------- the command line
 ALONE = [  # a whole command line, what the line says
     ("", "--task"),
@@ -764,20 +748,17 @@ OWN = [  # what is added to the command for own files
     ("--student {teacher}", "one and the same model"),
     ("--output-dir {student}", "must lie elsewhere"),
 ]
-VALUES = {
-    **{"--epochs": "0 1.5 -1 many", "--patience": "0 -3", "--batch-size": "0 x", "--lr": "fast -1"},
-    **{"--teacher-epochs": "0", "--teacher-lr": "x nan inf", "--weight-decay": "2 nan"},
-    **{"--warmup": "1.5 -0.1", "--temperature": "0 inf nan", "--max-temperature": "0.5 nan"},
-    **{"--first-stage": "0 x", "--proj-dim": "0 1.5", "--max-length": "3", "--amp": "int8"},
-    **{"--max-train-examples": "0 all", "--seed": "-1 1e3 9223372036854775808"},
-    **{"--teacher-seed": "-2", "--weights": "1,1 0,0,0 nan,1,1 -1,1,1 inf,1,1"},
-    **{"--start": "warm", "--teacher-proj": "no", "--select": "some", "--distance": "far"},
-    **{"--method": "rail", "--device": "meta tpu9 cpu:x", "--teacher-cache": "off"},
-    **{"--grad-accumulation": "2", "--checkpoint-minutes": "5"},  # as in earlier versions
-    **{"--epoch": "3", "--teacher-label": "a"},  # cut short
-}
+# values that a flag refuses; the last four are no flags: of earlier versions, cut short
+VALUES = """--epochs 0 1.5 -1 many --patience 0 -3 --batch-size 0 x --lr fast -1 --teacher-epochs 0
+    --teacher-lr x nan inf --weight-decay 2 nan --warmup 1.5 -0.1 --temperature 0 inf nan
+    --max-temperature 0.5 nan --first-stage 0 x --proj-dim 0 1.5 --max-length 3 --amp int8
+    --max-train-examples 0 all --seed -1 1e3 9223372036854775808 --teacher-seed -2
+    --weights 1,1 0,0,0 nan,1,1 -1,1,1 inf,1,1 --start warm --teacher-proj no --select some
+    --distance far --method rail --device meta tpu9 cpu:x --teacher-cache off
+    --grad-accumulation 2 --checkpoint-minutes 5 --epoch 3 --teacher-label a"""
 MISTAKES = [(False, *row) for row in ALONE] + [(True, *row) for row in OWN]
-MISTAKES += [(True, f"{name} {x}", name) for name, values in VALUES.items() for x in values.split()]
+for name, *values in (part.split() for part in VALUES.split("--")[1:]):
+    MISTAKES += [(True, f"--{name} {value}", f"--{name}") for value in values]
 
 
 @pytest.mark.parametrize("own, flags, words", MISTAKES, ids=[row[1] or "none" for row in MISTAKES])
@@ -808,13 +789,12 @@ FILES = [  # name, train, dev, what the line says
     ("blank.jsonl", "\n", GOOD, "blank.jsonl"),
     ("cut.jsonl", '{"text": "a", "label": "b"}\n{"text": "c", "la', GOOD, "cut.jsonl", "JSON"),
     ("cut off.parquet", "PAR1abcdef", GOOD, "cut off.parquet", "Parquet magic bytes"),
-    ("latin.csv", (HEAD + "caf\xe9,good\nx,bad\n").encode("latin-1"), GOOD, "latin.csv", "utf-8"),
+    ("latin.csv", HEAD + "caf\xe9,good\nx,bad\n", GOOD, "latin.csv", "utf-8"),
     ("open quote.csv", HEAD + '"a b,good\nc d,bad\n', GOOD, "open quote.csv"),
     ("too many.csv", HEAD + "a b,good\nc d,bad,x\n", GOOD, "too many.csv"),
     ("good.csv", GOOD, HEAD + "a,good,x\n", "dev.csv"),
     ("too many in all.csv", HEAD + "a b,good,x\nc d,bad,y\n", GOOD, "too many in all.csv"),
     ("too few.csv", "label,text\ngood,a\nbad\ngood,c\n", GOOD, "too few.csv", "too few fields"),
-    ("too few.tsv", "label\ttext\ngood\ta\nbad\n", GOOD, "too few.tsv", "too few fields"),
     ("one class.csv", HEAD + "a,good\nb,good\n", HEAD + "a,good\n", "train: no label but good"),
     ("no value.csv", HEAD + "a,\nb,good\nc,bad\n", GOOD, "train", "''"),
     ("new label.csv", GOOD, HEAD + "a,great\n", "validation", "'great'"),
@@ -835,7 +815,7 @@ def test_mistakes_in_files(tmp_path, models, capsys, row):
     name, train, dev, *words = row
     paths = tmp_path / name, tmp_path / "dev.csv"
     for path, content in zip(paths, (train, dev), strict=True):
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_text(content, "latin-1")
     refused(quick(*paths, models, str(tmp_path / "runs")), capsys, *words, kept=tmp_path)
 
 
@@ -927,14 +907,15 @@ def test_labels_of_dev_are_those_of_train(tmp_path, models):
     assert results["best_score"] == 0.5 and results["labels"] == ["c", "a", "b"]
 
 
-def test_the_subset_does_not_depend_on_the_seed(tmp_path, models, seen):
+def test_the_subset_does_not_depend_on_the_seed(tmp_path, models, monkeypatch):
     """Catches seeds compared on other data, and a subset that is the file's beginning."""
-    subsets = []
+    calls, subsets = spy(monkeypatch), []
     for seed in "12":
-        seen.clear()
+        calls.clear()
         few = ["--method", "none", "--epochs", "1", "--max-train-examples", "20", "--seed", seed]
         R.main(command(tmp_path, models, *few))
-        rows = [row for training, ids in seen if training for row in ids.tolist()]
+        batches = [call["inputs"]["input_ids"].tolist() for call in calls if call["training"]]
+        rows = list(itertools.chain(*batches))
         subsets.append(sorted([x for x in row if x] for row in rows))
     beginning = [len(text.split()) + 2 for text in rows_of(120)["text"][:20]]  # [CLS], [SEP]
     assert subsets[0] == subsets[1] and sorted(map(len, subsets[0])) != sorted(beginning)
@@ -957,15 +938,18 @@ def make_glue(root, task="mnli", names=MNLI, splits=("validation_matched",), lab
 
 
 @pytest.mark.parametrize("splits", ["matched mismatched", "matched", "mismatched"])
-def test_mnli_keeps_its_dev_sets_apart(tmp_path, models, seen, splits):
+def test_mnli_keeps_its_dev_sets_apart(tmp_path, models, monkeypatch, splits):
     """Catches two dev sets in one score, and the second one selecting the epoch; a second column of
     text that the student or the teacher never sees."""
     data = make_glue(tmp_path, splits=[f"validation_{split}" for split in splits.split()])
     names = {"matched": "accuracy", "mismatched": "accuracy_mismatched"}
     metrics = [names[split] for split in splits.split()]
     more = ["--method=kd", "--epochs=1", "--teacher-epochs=1", f"--output-dir={tmp_path}"]
+    student, teacher = spy(monkeypatch), spy(monkeypatch, "BertForSequenceClassification")
     results = R.main([*data, *models, *more])
-    assert seen and all(((ids == 3).sum(1) == 2).all() for _, ids in seen)  # of [SEP]
+    for calls in (student, teacher):
+        counts = [(call["inputs"]["input_ids"] == 3).sum(1) for call in calls]  # of [SEP]
+        assert calls and all((count == 2).all() for count in counts)
     assert [*results["history"][0]["metrics"]] == metrics and results["metric"] == metrics[0]
     assert results["best_score"] == results["history"][0]["metrics"][metrics[0]]
     assert results["labels"] == list(MNLI)
@@ -1041,63 +1025,60 @@ def test_metrics():
 # ---------------------------------------------------------------------------------------- models
 CODE = {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.Mine"}
 OWN_CODE = {"model_type": "mine", "architectures": ["Mine"], "auto_map": CODE}
-KINDS = {"of images": "vit", "of two stacks": "bart", "of another kind": "t5", "a decoder": "gpt2"}
-FILE_OF = {  # a file in the folder that is not as it should be; RAN: a file that code would make
-    "config cut off": ("config.json", '{"model_type": '),
-    "a config of nothing": ("config.json", "[]"),
-    "an unknown kind": ("config.json", '{"model_type": "mine"}'),
-    "code of its own": ("config.json", json.dumps(OWN_CODE)),
-    "code in a pickle": ("pytorch_model.bin", "cbuiltins\nopen\n(VRAN\nVw\ntR."),
-    "tokenizer cut off": ("tokenizer.json", '{"a"'),
-    "weights cut off": ("model.safetensors", "\x00\x05"),
+OTHER_HEAD = {
+    "architectures": ["BertForSequenceClassification"],
+    "id2label": dict(enumerate("abc")),
 }
-CONFIG = {"a block missing": {"num_hidden_layers": 5}, "another width": {"intermediate_size": 40}}
-GONE = dict.fromkeys(["code in a pickle", "no weights"], "model.safetensors")
-GONE["no tokenizer"] = "vocab.txt"
-BAD_MODELS = [  # what is wrong, what the line says besides the folder's name
-    *((what, "cannot load the teacher") for what in (*KINDS, *FILE_OF)),
-    ("no weights", "model.safetensors"),
-    ("no tokenizer", "cannot load the "),
-    ("more words than vectors", "a tokenizer that does not fit"),
-    ("a block missing", "16 weights missing"),
-    ("another width", "12 weights missing"),
-    ("another head", "has 3 labels, the task has 2"),
-    ("a file", "cannot load the teacher"),
-    ("nothing", "--task toy"),
+WORDS = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(140))])
+LOAD = "cannot load the teacher"
+BAD_MODELS = [  # what is wrong, the kind of model or the file, its content, what the line says
+    ("of images", "vit", "", LOAD),
+    ("of two stacks", "bart", "", LOAD),
+    ("of another kind", "t5", "", LOAD),
+    ("a decoder", "gpt2", "", LOAD),
+    ("config cut off", "config.json", '{"model_type": ', LOAD),
+    ("a config of nothing", "config.json", "[]", LOAD),
+    ("an unknown kind", "config.json", '{"model_type": "mine"}', LOAD),
+    ("code of its own", "config.json", json.dumps(OWN_CODE), LOAD),
+    ("code in a pickle", "pytorch_model.bin", "cbuiltins\nopen\n(VRAN\nVw\ntR.", LOAD),
+    ("tokenizer cut off", "tokenizer.json", '{"a"', LOAD),
+    ("weights cut off", "model.safetensors", "\x00\x05", LOAD),
+    ("no weights", "model.safetensors", None, "model.safetensors"),
+    ("no tokenizer", "vocab.txt", None, "cannot load the "),
+    ("more words than vectors", "vocab.txt", WORDS, "a tokenizer that does not fit"),
+    ("a block missing", "config.json", {"num_hidden_layers": 5}, "16 weights missing"),
+    ("another width", "config.json", {"intermediate_size": 40}, "12 weights missing"),
+    ("another head", "config.json", OTHER_HEAD, "has 3 labels, the task has 2"),
+    ("a file", "", "{}", LOAD),
+    ("nothing", "", None, "--task toy"),
 ]
 
 
-def damage(folder, what):
-    """Make a sound model's folder a bad one."""
-
-    if what in KINDS:
-        tiny(KINDS[what], 4, 16).save_pretrained(folder)
-    if what in FILE_OF:
-        name, content = FILE_OF[what]
-        (folder / name).write_text(content.replace("RAN", str(folder.parent / "ran")))
-        (folder / "mine.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
-    if what in CONFIG:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | CONFIG[what]))
-    if what in GONE:
-        (folder / GONE[what]).unlink()
-    if what == "another head":
-        head = hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-        head.save_pretrained(folder)
-    if what == "more words than vectors":
-        words = (folder / "vocab.txt").read_text().split("\n")
-        (folder / "vocab.txt").write_text("\n".join(words + [f"more{i}" for i in range(50)]))
-    if what in ("a file", "nothing"):
+def damage(folder, name, content):
+    """A file of a sound model's folder, or the folder, gets another content: None, it is gone; a
+    dict, these entries change; RAN is a file that code would make."""
+    path, ran = folder / name, str(folder.parent / "ran")
+    (folder / "mine.py").write_text(f"open({ran!r}, 'w')")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    if name == "pytorch_model.bin":  # else nobody reads it
+        (folder / "model.safetensors").unlink()
+    if path == folder:
         shutil.rmtree(folder)
-    if what == "a file":
-        folder.write_text("{}")
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(content.replace("RAN", ran))
 
 
-@pytest.mark.parametrize("what, words", BAD_MODELS)
-def test_mistakes_in_models(place, models, capsys, monkeypatch, what, words):
+@pytest.mark.parametrize("row", BAD_MODELS, ids=[row[0] for row in BAD_MODELS])
+def test_mistakes_in_models(place, models, capsys, monkeypatch, row):
     """Catches weights drawn at random, texts of [UNK] alone, code that is run, a bare traceback."""
-    folder = Path(shutil.copytree(models[1], place / "odd"))
-    damage(folder, what)
+    (what, name, content, words), folder = row, Path(shutil.copytree(models[1], place / "odd"))
+    if name in ("vit", "bart", "t5", "gpt2"):
+        tiny(name, 4, 16).save_pretrained(folder)
+    else:
+        damage(folder, name, content)
     monkeypatch.setattr("builtins.input", "y".format)  # an answer to "run the custom code?"
     args = command(place, models, "--teacher", str(folder))
     refused(args, capsys, words, str(folder), kept=place)
@@ -1108,7 +1089,7 @@ def test_mistakes_in_models(place, models, capsys, monkeypatch, what, words):
 
 
 @pytest.mark.parametrize("tokenizer_knows", [None, 12, 512])
-def test_positions_are_a_limit_of_length(tmp_path, models, seen, tokenizer_knows):
+def test_positions_are_a_limit_of_length(tmp_path, models, monkeypatch, tokenizer_knows):
     """Catches an index error where the texts are longer than the model's positions."""
     short = shutil.copytree(models[3], tmp_path / "short")
     sizes = {"max_position_embeddings": 16, "ignore_mismatched_sizes": True}
@@ -1118,13 +1099,12 @@ def test_positions_are_a_limit_of_length(tmp_path, models, seen, tokenizer_knows
         (short / "tokenizer_config.json").write_text(json.dumps(limit))
     path = tmp_path / "long.csv"
     path.write_text(f"{HEAD}{'the noun1 is not ' * 20},good\nthe,bad\n")
-    lengths = []
-    for student in (str(short), models[3]):
-        seen.clear()
+    calls, lengths = spy(monkeypatch), [12] if tokenizer_knows == 12 else [14, 16]
+    for student, expected in ((str(short), lengths), (models[3], [82])):
+        calls.clear()
         more = ["--student", student, "--overwrite"]
         R.main(quick(path, path, models, str(tmp_path / "runs"), *more))
-        lengths.append(max(ids.shape[1] for _, ids in seen))
-    assert lengths[0] in ([12] if tokenizer_knows == 12 else [14, 16]) and lengths[1] == 82
+        assert max(call["inputs"]["input_ids"].shape[1] for call in calls) in expected
 
 
 # --------------------------------------------------------------------------- places and results
@@ -1272,7 +1252,7 @@ def leftovers(folder):
     return [path for name in names for path in Path(folder).rglob(name)]
 
 
-def count_calls(patch, owner, name, look=None):
+def count_calls(patch, look=None, owner=torch.optim.AdamW, name="step"):
     """How many there were so far, in a list; before each of them look(its arguments) is called."""
     original, count = getattr(owner, name), [0]
 
@@ -1287,13 +1267,9 @@ def count_calls(patch, owner, name, look=None):
     return count
 
 
-def count_steps(patch, look=None):
-    return count_calls(patch, torch.optim.AdamW, "step", look)
-
-
 def spy(patch, model_class="DistilBertForSequenceClassification"):
     """Every forward of a model class: after how many steps, in which mode, from what to what."""
-    owner, calls, count = getattr(hf, model_class), [], count_steps(patch)
+    owner, calls, count = getattr(hf, model_class), [], count_calls(patch)
     original = owner.forward
 
     @functools.wraps(original)
@@ -1330,7 +1306,7 @@ def spy_on_distances(patch):
 
 def script_scores(patch, scores):
     """The dev accuracies, epoch by epoch: the steps that were made tell which."""
-    count = count_steps(patch)
+    count = count_calls(patch)
 
     def accuracy(labels, answers):
         return scores[min(max(1, count[0] // STEPS), len(scores)) - 1]
@@ -1347,7 +1323,7 @@ def die_at(patch, owner, name, number):
             writing.extend(args[1:2])
             raise Killed
 
-    count = count_calls(patch, owner, name, die)
+    count = count_calls(patch, die, owner, name)
     return writing
 
 
@@ -1356,16 +1332,14 @@ def answers(folder, texts):
     mean and first token, (N, layers, d)."""
     model = hf.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    logits, means, firsts = [], [], []
+    rows = []
     with torch.no_grad():
         for text in texts:
             ids = torch.tensor([tokenizer(text)["input_ids"]])
             output = model(input_ids=ids, output_hidden_states=True)
             layers = torch.cat(output.hidden_states)  # (layers, L, d)
-            logits.append(output.logits[0])
-            means.append(layers.mean(1))
-            firsts.append(layers[:, 0])
-    return torch.stack(logits), torch.stack(means), torch.stack(firsts)
+            rows.append((output.logits[0], layers.mean(1), layers[:, 0]))
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -1506,7 +1480,7 @@ def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
     before = files_of(teacher)
     assert first["model"] in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
-        count = count_steps(patch)
+        count = count_calls(patch)
         assert R.main(args) == json.loads(json.dumps(first)) and not count[0]
     torch.manual_seed(5)
     assert bits(R.main([*args, "--overwrite"])) == one
@@ -1609,7 +1583,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, models, capsys):
 def test_what_is_trained(tmp_path, models, monkeypatch):
     """Catches a teacher in train mode or trained, maps left out, weight decay on biases, norms."""
     optimizers = []
-    count_steps(monkeypatch, optimizers.append)
+    count_calls(monkeypatch, optimizers.append)
     distances = spy_on_distances(monkeypatch)
     students = spy(monkeypatch)
     teachers = spy(monkeypatch, "BertForSequenceClassification")
@@ -1641,7 +1615,7 @@ def test_gradients_and_rates_of_every_step(tmp_path, calm, monkeypatch, case):
         norms.append(sum((x / scale).square().sum() for x in grads if x is not None).item() ** 0.5)
         rates.append(optimizer.param_groups[0]["lr"])
 
-    count_steps(monkeypatch, look)
+    count_calls(monkeypatch, look)
     more = ["--method", method, "--epochs", "5", "--lr", "0.001", "--warmup", "0.25", "--amp", amp]
     heavy = ["--weights", "50,50,50"] if method == "rail-c" else []
     results = R.main(command(tmp_path, calm, *more, *heavy))
@@ -1840,12 +1814,16 @@ def test_what_two_processes_may_and_may_not(beside):
     assert "all is over" not in done.stderr and not [*(folder / "dying").rglob("results.json")]
 
 
-def expected_kd(results, checkpoints, temperatures):
-    """MSE of the student's logits, which lr 0 leaves alone, and phi(T) times a checkpoint's."""
+def assert_annealed(results, checkpoints, temperatures):
+    """KD is the MSE of the student's logits, which lr 0 leaves alone, and phi(T) times a
+    checkpoint's. -> that"""
     logits_s = answers(results["model"], TEXTS)[0]
     known = {name: answers(name, TEXTS)[0] for name in {*checkpoints}}
     pairs = zip(checkpoints, temperatures, strict=True)
-    return [R.kd_loss(logits_s, known[name], t, 7.0).item() for name, t in pairs]
+    expected = [R.kd_loss(logits_s, known[name], t, 7.0).item() for name, t in pairs]
+    rows = results["history"][: len(expected)]
+    assert [row["kd"] for row in rows] == pytest.approx(expected, rel=1e-3)
+    return expected
 
 
 def test_pro_kd_follows_the_teacher(tmp_path, models, calm, capsys):
@@ -1858,9 +1836,8 @@ def test_pro_kd_follows_the_teacher(tmp_path, models, calm, capsys):
     assert "3 checkpoint(s) of the teacher" in capsys.readouterr().out
     folder, history = Path(results["teacher"]).parent, results["history"]
     checkpoints = [folder / f"epoch-00{i}" for i in (1, 1, 2, 3)]
-    expected = expected_kd(results, checkpoints, [7, 5, 3, 1])
+    expected = assert_annealed(results, checkpoints, [7, 5, 3, 1])
     assert len({f"{x:.2g}" for x in expected}) == 4
-    assert [row["kd"] for row in history[:4]] == pytest.approx(expected, rel=1e-3)
     assert [row["loss"] for row in history[:4]] == pytest.approx(expected, rel=1e-3)
     logits_s, logits_t = (answers(x, TEXTS)[0] for x in (results["model"], checkpoints[3]))
     last = R.kd_loss(logits_s, logits_t, 2.0).item()
@@ -1880,12 +1857,10 @@ def test_pro_kd_with_given_checkpoints(tmp_path, calm, capsys):
     results = R.main([*args, "--teacher", f"{other},{calm[1]}"])
     out = capsys.readouterr().out
     assert "2 checkpoint(s) of the teacher" in out and "Annealing" not in out
-    expected = expected_kd(results, [other, calm[1]], [7, 1])
-    assert [row["kd"] for row in results["history"][:2]] == pytest.approx(expected, rel=1e-3)
+    assert_annealed(results, [other, calm[1]], [7, 1])
     results = R.main([*args, "--max-temperature", "7", "--overwrite"])
     assert "Annealing-KD" in capsys.readouterr().out
-    expected = expected_kd(results, [calm[1], calm[1]], [7, 1])
-    assert [row["kd"] for row in results["history"][:2]] == pytest.approx(expected, rel=1e-3)
+    assert_annealed(results, [calm[1], calm[1]], [7, 1])
     toy = R.toy_model(tmp_path / "no-head", 4, 16)
     refused([*args, "--seed=1", "--teacher", f"{toy},{calm[1]}"], capsys, "has no head for the")
 
@@ -1918,7 +1893,7 @@ def test_a_collapse_and_a_run_that_learns_nothing_are_told(tmp_path, models, mon
     args = command(tmp_path, models, "--method", "none")
     assert not R.main(args)["collapsed"]
     assert "WARNING: the student has learned nothing" in capsys.readouterr().out
-    original, count = model.forward, count_steps(monkeypatch)
+    original, count = model.forward, count_calls(monkeypatch)
 
     @functools.wraps(original)
     def alike(self, **inputs):
