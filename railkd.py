@@ -485,10 +485,11 @@ TASKS |= {"stsb": ["pearson", "spearman"]}
 TASKS |= dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accuracy"])
 GROUPS = ("task and models", "data", "training", "loss", "teacher", "output", "prediction")
 TASK, DATA, TRAIN, LOSS, TEACHER, OUTPUT, PREDICT = GROUPS  # of --help
-# the GLUE server's files, by task and what follows "test" in the split's name
-SERVER = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP"}
-SERVER |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}
-SERVER |= {"mnli_matched": "MNLI-m", "mnli_mismatched": "MNLI-mm"}
+# a task's test splits -> the files that the GLUE server takes
+SERVER = {"cola": {"test": "CoLA"}, "sst2": {"test": "SST-2"}, "mrpc": {"test": "MRPC"}}
+SERVER |= {"stsb": {"test": "STS-B"}, "qqp": {"test": "QQP"}, "qnli": {"test": "QNLI"}}
+SERVER |= {"rte": {"test": "RTE"}, "wnli": {"test": "WNLI"}}
+SERVER |= {"mnli": {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}}
 
 
 class UserError(Exception):
@@ -1562,8 +1563,8 @@ def consult_teacher(student, data, config, machine, work):
 
 # --------------------------------------------------------------------------------- predictions
 def predict(config) -> dict:
-    """A finished student's answers to --test-file, else to its task's test split, for the GLUE
-    server. -> what is found out about the file."""
+    """A finished student's answers to --test-file, else to its task's test split. -> what is found
+    out about the file."""
     prepare_libraries(config)
     machine, results = Machine(config), read_results(Path(config.predict))
     task, names = results["task"], results["labels"] or []
@@ -1573,31 +1574,29 @@ def predict(config) -> dict:
     student = Encoder("model", config.student, data, machine)
     if config.test_file:
         return predict_file(student, data, results["columns"], config, machine)
-    if task not in TASKS or task == "toy":
+    if task not in SERVER:
         raise UserError(f"{task} has no test split: give --test-file")
-    called = names if task in ("mnli", "qnli", "rte") else range(len(names))
-    return predict_test(student, called, read_glue(config), config, machine)
+    return predict_test(student, data.names, config, machine)
 
 
-def predict_test(student, called, splits, config, machine) -> dict:
-    """submission/, a file for each of the test splits, as the GLUE server takes them."""
-    folder, suffixes = Path(config.predict, "submission"), [""]
-    if config.task == "mnli":
-        suffixes = ["_matched", "_mismatched"]
-    if not any("test" + suffix in splits for suffix in suffixes):
+def predict_test(student, names, config, machine) -> dict:
+    """submission/, as the GLUE server takes it: label words for three tasks, else numbers."""
+    files, splits, folder = SERVER[config.task], read_glue(config), Path(config.predict)
+    if not files.keys() & splits.keys():
         raise UserError(f"{config.task}: no test split, only {[*splits]}")
-    with whole(folder) as unfinished:
+    called = names if config.task in ("mnli", "qnli", "rte") else range(len(names))
+    with whole(folder / "submission") as unfinished:
         unfinished.mkdir()
-        for suffix in suffixes:
-            split, name = "test" + suffix, f"{SERVER[config.task + suffix]}.tsv"
+        for split, name in files.items():
             if split not in splits:
-                print(f"left out {folder / name}, there is no {split}")
+                print(f"left out {name}.tsv: there is no {split}")
                 continue
             texts = read_columns(split, splits[split], text_columns(splits[split]))[0]
             table = answer(student, texts, called, config, machine)
-            table = table[["prediction"]] if called else table.clip(0, 5)
-            table.to_csv(unfinished / name, sep="\t", index_label="index", float_format="%.3f")
-            print(f"answers  {folder / name}")
+            table = table[["prediction"]] if names else table.clip(0, 5)
+            path = unfinished / f"{name}.tsv"
+            table.to_csv(path, sep="\t", index_label="index", float_format="%.3f")
+    print(f"answers  {folder / 'submission'}")
     return {}
 
 
