@@ -657,8 +657,9 @@ def check_prediction(config):
     """--test-file is of --predict, what is about its labels and size of --test-file."""
     if not config.predict:
         raise UserError("--test-file is for --predict RUN, a finished run")
-    if not config.test_file and (config.label_map or config.max_test_examples < 10**7):
-        raise UserError("--label-map and --max-test-examples are for --test-file")
+    few, teacher = config.max_test_examples < 10**7, config.teacher != config.student
+    if not config.test_file and (config.label_map or few or teacher):
+        raise UserError("--label-map, --max-test-examples, --teacher are for --test-file")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--predict is of one process: no torchrun")
 

@@ -1195,16 +1195,14 @@ SUBMITTED = [  # task, its names, its test splits, what it answers, the files
 ]
 
 
-@pytest.mark.parametrize("task, names, tests, words, files", SUBMITTED)
-def test_submission_is_what_the_model_says(
-    tmp_path, models, capsys, task, names, tests, words, files
-):
+@pytest.mark.parametrize("row", SUBMITTED, ids=[" ".join(row[4]) for row in SUBMITTED])
+def test_submission_is_what_the_model_says(tmp_path, models, capsys, row):
     """Catches other names, numbers for words, rows out of order, a score of 5.1, a test split that
     is missing without a word."""
+    task, names, tests, words, files = row
     run = finished(tmp_path, models, task, names, tests)
     (run / "submission").mkdir()
     (run / "submission" / "old.tsv").touch()
-    before = (run / "results.json").read_text()
     assert R.main(["--predict", str(run), "--device", "cpu"]) == {}
     assert sorted(path.name for path in (run / "submission").iterdir()) == files
     assert ("left out" in capsys.readouterr().out) == (task == "mnli" and len(tests) == 1)
@@ -1214,13 +1212,13 @@ def test_submission_is_what_the_model_says(
         assert head == ["index", "prediction"] and [row[0] for row in rows] == [
             *map(str, range(50))
         ]
+        said = [row[1] for row in rows]
         if names:
-            assert [row[1] for row in rows] == [(words or names)[i] for i in logits.argmax(1)]
-        for row, value in zip(rows, logits[:, 0].clamp(0, 5).tolist(), strict=True):
-            assert names or (
-                abs(float(row[1]) - value) < 0.00051 and re.fullmatch(r"\d\.\d{3}", row[1])
-            )
-    assert (run / "results.json").read_text() == before
+            assert said == [(words or names)[i] for i in logits.argmax(1)]
+        else:
+            assert all(re.fullmatch(r"\d\.\d{3}", score) for score in said)
+            expected = logits[:, 0].clamp(0, 5).tolist()
+            assert [*map(float, said)] == pytest.approx(expected, abs=0.0006)
 
 
 def test_predictions_of_a_file(tmp_path, models, capsys):
@@ -1239,7 +1237,6 @@ def test_predictions_of_a_file(tmp_path, models, capsys):
     assert head == ["index", "prediction", "probability"] and [row[1] for row in rows] == expected
     chances = logits.softmax(1).max(1).values.tolist()
     assert [float(row[2]) for row in rows] == pytest.approx(chances, abs=0.0001)
-    assert {*logits.argmax(1).tolist()} == {0, 1, 2}, logits
     right = sum(x == y for x, y in zip(expected, table["label"], strict=True)) / 50
     assert found == {"file": file, "n": 50, "metrics": {"accuracy": right}}
     assert json.loads((run / "predictions.json").read_text()) == found
@@ -1273,10 +1270,8 @@ def test_predictions_at_the_length_of_the_run(tmp_path, models, length):
     args += ["--max-length", str(length)] * (length != 8) + ["--teacher", str(teacher)]
     found = R.main([*args, "--teacher-labels", ",".join(MNLI[::-1]), "--device", "cpu"])
     assert found["metrics"] == {"accuracy": 1.0}
-    right = [
-        MNLI[answer] == label for answer, label in zip(logits_t.argmax(1), labels, strict=True)
-    ]
-    assert found["teacher_metrics"] == {"accuracy": np.mean(right)} and np.mean(right) < 0.9
+    right = (logits_t.argmax(1) == logits_s.argmax(1)).double().mean().item()
+    assert found["teacher_metrics"] == {"accuracy": right} and right < 0.9
 
 
 PAIRED = "a,b,label\n" + "a,b,entailment\n" * 4
@@ -1286,12 +1281,7 @@ UNFIT = [  # what is added to the command, the file, what the line says
     ("--label-map entailment=a,neutral=b,contradiction=c,x=d", PAIRED, "--label-map"),
     ("--label-map entailment=a,neutral=b,contradiction=", PAIRED, "--label-map"),
     ("--label-map entailment=a,neutral=b,contradiction=c,neutral=a", PAIRED, "--label-map"),
-    (
-        "--label-map entailment=a,neutral=b,contradiction=c",
-        PAIRED,
-        "['a', 'b', 'c']",
-        "'entailment'",
-    ),
+    ("--label-map entailment=a,neutral=b,contradiction=c", PAIRED, "['a', 'b', 'c']"),
     ("--task rte", PAIRED, "is a run of mnli"),
     ("--teacher {teacher}", PAIRED, "has no head"),
     ("--teacher {teacher} --max-test-examples 0", PAIRED, "--max-test-examples"),
@@ -1306,7 +1296,6 @@ def test_mistakes_in_predictions(place, models, capsys):
     """Catches a label or an answer that is left out in silence, answers of another task, a file of
     another kind, a result of another version; nothing is written."""
     run = finished(place, models, tests=())
-    capsys.readouterr()
     for more, content, *words in UNFIT:
         (place / "file.csv").write_text(content)
         args = ["--predict", str(run), "--test-file", "file.csv", "--device", "cpu"]
@@ -1315,11 +1304,9 @@ def test_mistakes_in_predictions(place, models, capsys):
     refused([*args[:2], "--max-test-examples", "5"], capsys, "are for --test-file", kept=place)
     refused([*args[:2], "--label-map", "a=b"], capsys, "are for --test-file", kept=place)
     refused(["--task", "sst2", *args[2:4]], capsys, "--test-file is for --predict", kept=place)
-    own = R.main(command(place, models, "--method", "none", "--epochs", "1"))
-    capsys.readouterr()
-    refused(
-        ["--predict", str(Path(own["model"]).parent)], capsys, "own has no test split", kept=place
-    )
+    refused([*args[:2], "--teacher", models[1]], capsys, "are for --test-file", kept=place)
+    own = Path(R.main(command(place, models, "--method", "none", "--epochs", "1"))["model"]).parent
+    refused(["--predict", str(own)], capsys, "own has no test split", kept=place)
     (run / "model" / "config.json").write_text("{}")
     refused(args, capsys, "cannot load the model", str(run / "model"), kept=place)
     (run / "results.json").write_text('{"task": "mnli"}')
@@ -2088,6 +2075,7 @@ def test_script_runs_the_whole_grid(tmp_path):
 
 
 # ----------------------------------------------------------------------- the command and its README
+STUDY = HERE / ".github" / "STUDY.md"
 README = (HERE / "README.md").read_text(encoding="utf-8")
 SHARED = HERE.parent / "shared" / "hub"
 
@@ -2134,9 +2122,41 @@ def test_readme_names_what_there_is():
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_readme_code_runs(block, tmp_path, monkeypatch):
+def test_readme_code_runs(block, tmp_path, models, monkeypatch):
+    """Catches a picture without a method, a likeness that is not 1 of a model with itself."""
     monkeypatch.chdir(tmp_path)
+    lines = []
+    for task, options in itertools.product(("cola", "mrpc"), ("", "--select skip")):
+        line = {"task": task, "method": "rail-c", "options": options, "cosine_s": [0.5] * 5}
+        lines.append(json.dumps(line | {"last": 0.4, "teacher_score": 0.6}))
+    (tmp_path / ".github").mkdir()
+    (tmp_path / ".github" / "study.jsonl").write_text("\n".join(lines))
+    (tmp_path / "texts").write_text("\n".join(TEXTS[:30]))
+    monkeypatch.setattr(sys, "argv", ["", "texts", models[1], models[1], models[3]])
+    if "matplotlib" in block:
+        pytest.importorskip("matplotlib").rcParams["svg.fonttype"] = "none"
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    for name in re.findall(r'savefig\("(.*)"\)', block):
+        words = (">rail-c skip<", "cola") if "study" in name else (">100<", ">student<")
+        assert all(word in (tmp_path / name).read_text() for word in words)
+
+
+def test_loop_of_the_study(tmp_path, calm, monkeypatch, capsys):
+    """Catches names in the study's protocol that are not the file's any more."""
+    loop, lines = re.findall(r"```python\n(.*?)```", STUDY.read_text(), re.S)[:2]
+    loop = loop.replace("BLOCKS = 12", "BLOCKS = 4").replace("range(1, 6)", "[7]")
+    args = command(tmp_path, calm, "--task", "own", "--epochs", "1", "--lr", "0.01")
+    expected = R.main([*args, "--seed", "7"])
+    for name in ("IntermediateLoss", "TrainingSet"):
+        monkeypatch.setattr(R, name, getattr(R, name))  # the loop replaces them
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "out"), *args])
+    exec(compile(loop, "STUDY.md", "exec"), {"__name__": "study"})
+    capsys.readouterr()
+    exec(compile(lines, "STUDY.md", "exec"), {"__name__": "study"})
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {row["options"]: row["cosine_s"] for row in rows}
+    assert found["draw epoch"] == [round(row["cosine_s"], 4) for row in expected["history"]]
+    assert len(found) == 6 and len({*map(tuple, found.values())}) > 3
 
 
 @pytest.mark.parametrize("copied", [True, False])
