@@ -915,7 +915,7 @@ def read_splits(config) -> dict:
     splits = read_glue(config)
     dev = sorted(split for split in splits if split.startswith("validation"))
     if "train" not in splits or not dev:
-        raise UserError(f"no training or no validation data, only {[*splits]}")
+        raise UserError(f"{config.task}: no training or no validation data, only {[*splits]}")
     return {split: splits[split] for split in ["train", *dev]}
 
 
