@@ -74,7 +74,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def make_maps(widths, widths_out, shared, bias):
-    """One nn.Linear for all vectors of a side (shared), else an nn.ModuleList, one for each."""
+    """One nn.Linear for all vectors of a model (shared), else an nn.ModuleList, one for each."""
     if not shared:
         return nn.ModuleList(nn.Linear(*x, bias) for x in zip(widths, widths_out, strict=False))
     if len({*widths}) > 1 or len({*widths_out}) > 1:
@@ -131,12 +131,12 @@ class Distance(nn.Module):
             raise ValueError(f"no such teacher_proj or start: {teacher_proj!r}, {start!r}")
         self.shape_s, self.shape_t = (num_slots, d_s), (num_targets or num_slots, d_t)
         widths_s, widths_t = self.widths(*self.shape_s), self.widths(*self.shape_t)
-        widths = [proj_dim] * len(widths_t) if proj_dim else widths_t  # what the maps lead to
+        widths_u = [proj_dim] * len(widths_t) if proj_dim else widths_t  # what the maps lead to
         self.proj_s = self.proj_t = None
-        if proj_dim or widths_s != widths[: len(widths_s)]:
-            self.proj_s = make_maps(widths_s, widths, shared, bias)
+        if proj_dim or widths_s != widths_u[: len(widths_s)]:  # attention: m slots, k targets
+            self.proj_s = make_maps(widths_s, widths_u, shared, bias)
         if proj_dim:
-            self.proj_t = make_maps(widths_t, widths, shared, bias)
+            self.proj_t = make_maps(widths_t, widths_u, shared, bias)
             self.proj_t.requires_grad_(teacher_proj == "trained")
         alpha = torch.ones(len(widths_s)) if alpha is None else torch.as_tensor(alpha).float()
         if alpha.shape != (len(widths_s),):
@@ -157,7 +157,7 @@ class Distance(nn.Module):
         if pooled_s.shape[1:] != self.shape_s or pooled_t.shape != (len(pooled_s), *self.shape_t):
             wanted = f"(B, *{self.shape_s}) and (B, *{self.shape_t})"
             raise ValueError(f"need pooled {wanted}, not {pooled_s.shape} and {pooled_t.shape}")
-        self.ready = self.ready or self.proj_s is None or bool(self.fitted)  # a GPU waits but once
+        self.ready = self.ready or self.proj_s is None or bool(self.fitted)  # read on a GPU once
         if not self.ready:
             raise RuntimeError(f"{type(self).__name__}, start='ridge': call fit before training")
         with torch.autocast(pooled_s.device.type, enabled=False):  # 16 bits are too few for norms
@@ -171,8 +171,8 @@ class Distance(nn.Module):
     @torch.no_grad()
     def fit(self, pooled_s: Tensor, pooled_t: Tensor, draws: list[list[int]] | None = None) -> None:
         """Start proj_s at the ridge solution from the student's vectors to the targets: pooled_s
-        (N, m, d_s), pooled_t (N, k, d_t); or (N, K, d_t) and `draws`, lists of k positions of K,
-        over which the target is a mean. With start="random" nothing happens."""
+        (N, m, d_s), pooled_t (N, k, d_t); or (N, K, d_t) and `draws`, each k of the K positions,
+        and the target is the mean over them. With start="random" nothing happens."""
         if self.proj_s is None or self.start == "random":
             return
         maps, x = self.proj_s, self.vectors(pooled_s.float())
@@ -271,7 +271,7 @@ class IntermediateLoss(nn.Module):
         self.num_layers_s, self.num_layers_t = num_layers_s, num_layers_t
         final = select == "final"  # all others leave the last block out, on both sides
         self.layers_s = [num_layers_s] if final else list(range(1, num_layers_s))
-        slots, targets = len(self.layers_s), len(self.draw(0))
+        slots, targets = len(self.layers_s), len(self.draw(0))  # any epoch: the number alone
         self.layers_t = None if select == "random" else self.draw(0)  # None: not drawn yet
         self.distance = DISTANCES[distance](d_s, d_t, slots, num_targets=targets, **options)
 
@@ -327,7 +327,7 @@ def select_layers(name: str, num_layers: int, k: int, seed: int = 0, epoch: int 
         raise ValueError(f"unknown selection {name!r}, known: {', '.join(SELECTIONS)}")
     if name == "final":  # CR-ILD
         return [num_layers]
-    drawn = sample_layers(num_layers, k, seed, epoch)
+    drawn = sample_layers(num_layers, k, seed, epoch)  # it checks k, for all names
     skip = [i * num_layers // (k + 1) for i in range(1, k + 1)]  # 2, 4, 6, 8, 10 of 12 blocks
     return {
         "random": drawn,  # RAIL-KD
@@ -477,7 +477,7 @@ METHODS = {
 
 
 # ------------------------------------------------------------------------------- configuration
-FORMAT = 5  # of all that a run writes; what an older file has written is refused by name
+FORMAT = 5  # of the files that a run writes; those of another format are refused by name
 ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; or --task toy"
 # metrics as in GLUE, the first selects the epoch
 TASKS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"]}
@@ -486,9 +486,9 @@ TASKS |= dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli", "toy"], ["accurac
 GROUPS = ("task and models", "data", "training", "loss", "teacher", "output", "prediction")
 TASK, DATA, TRAIN, LOSS, TEACHER, OUTPUT, PREDICT = GROUPS  # of --help
 # a task's test splits -> the files that the GLUE server takes
-SERVER = {"cola": {"test": "CoLA"}, "sst2": {"test": "SST-2"}, "mrpc": {"test": "MRPC"}}
-SERVER |= {"stsb": {"test": "STS-B"}, "qqp": {"test": "QQP"}, "qnli": {"test": "QNLI"}}
-SERVER |= {"rte": {"test": "RTE"}, "wnli": {"test": "WNLI"}}
+SERVER = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP"}
+SERVER |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}
+SERVER = {task: {"test": name} for task, name in SERVER.items()}
 SERVER |= {"mnli": {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}}
 
 
@@ -497,7 +497,7 @@ class UserError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM. No Exception, or what handles a library's errors would take it for one of them."""
+    """SIGTERM. Not an Exception, so that `as_user_error` lets it pass."""
 
 
 @contextlib.contextmanager
@@ -538,7 +538,8 @@ def flag(group, default, text, kind=None, **options):
 
 @dataclass(frozen=True)
 class Config:
-    """All flags, as parsed. Nothing assigns to it; a phase of its own gets a changed copy."""
+    """All flags, as parsed. Nothing assigns to it; a stage or the teacher's training
+    gets a changed copy."""
 
     task: str = flag(TASK, "own", f"{', '.join(TASKS)} (no download); own files: any; paper: GLUE")
     method: str = flag(TASK, "rail-c", "a row of METHODS; ours", choices=METHODS)
@@ -586,7 +587,7 @@ class Config:
     def stages(self) -> list[Stage]:
         """The method's, the last one with the weights of the command line."""
         *earlier, last = METHODS[self.method].stages
-        if self.distance and not METHODS[self.method].distance:
+        if self.distance and not METHODS[self.method].distance:  # then weights as in Eq. 4
             last = Method().stages[-1]
         if self.weights:
             last = last._replace(**dict(zip(("ce", "kd", "ild"), self.weights, strict=True)))
@@ -594,7 +595,7 @@ class Config:
 
     @property
     def stage_epochs(self) -> list[range]:
-        """Of each of one or two stages, counted through."""
+        """The epochs of each of one or two stages, counted through."""
         first = self.first_stage or self.epochs // len(self.stages)
         return [range(1, first + 1), range(first + 1, self.epochs + 1)][: len(self.stages)]
 
@@ -605,7 +606,9 @@ class Config:
     @property
     def teacher_names(self):
         """A hub name, a folder, or several in training order."""
-        return [self.teacher] if os.path.exists(self.teacher) else self.teacher.split(",")
+        if self.teacher is None or os.path.exists(self.teacher):
+            return [self.teacher] if self.teacher else []
+        return self.teacher.split(",")
 
     @property
     def run_name(self):
@@ -630,9 +633,9 @@ def parse(argv=None) -> Config:
         group.add_argument(name, default=entry.default, **entry.metadata["options"])
     parser.set_defaults(**other_defaults(parser.parse_known_args(argv)[0]))
     config = Config(**vars(parser.parse_args(argv)))
-    if config.predict or config.test_file:
+    if config.report is None:
         check_prediction(config)
-    elif not config.report:
+    if config.report is None and config.predict is None:
         check_task(config)
         check_method(config)
     return replace(config, keep_teacher_epochs=config.keep_teacher_epochs or config.uses("anneal"))
@@ -640,11 +643,11 @@ def parse(argv=None) -> Config:
 
 def other_defaults(known) -> dict:
     """The toy task: a minute instead of hours, and models of its own. --predict: all as in that
-    run; the teacher is the run's model, which stands for none."""
+    run, but no teacher."""
     if known.predict:
         run, model = read_results(Path(known.predict)), str(Path(known.predict, "model"))
         del run["config"]["format"]
-        return run["config"] | {"student": model, "teacher": model}
+        return run["config"] | {"student": model, "teacher": None, "teacher_labels": None}
     if known.task == "toy":
         folder = Path(known.output_dir, "toy")
         toy = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
@@ -654,14 +657,18 @@ def other_defaults(known) -> dict:
 
 
 def check_prediction(config):
-    """--test-file is of --predict, what is about its labels and size of --test-file."""
-    if not config.predict:
-        raise UserError("--test-file is for --predict RUN, a finished run")
-    few, teacher = config.max_test_examples < 10**7, config.teacher != config.student
-    if not config.test_file and (config.label_map or few or teacher):
-        raise UserError("--label-map, --max-test-examples, --teacher are for --test-file")
+    """What needs --predict, what needs --test-file, and what --predict does without."""
+    more = [config.label_map, config.max_test_examples < 10**7]
+    if config.predict is None and any([config.test_file, *more]):
+        raise UserError("--test-file, --label-map, --max-test-examples need --predict RUN")
+    if config.predict is None:
+        return
+    if not config.test_file and any([config.teacher, *more]):
+        raise UserError("--label-map, --max-test-examples, --teacher need --test-file")
+    if config.student != str(Path(config.predict, "model")):
+        raise UserError("--predict RUN answers with the model of RUN: no --student")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("--predict is of one process: no torchrun")
+        raise UserError("--predict runs in one process: no torchrun")
 
 
 def check_task(config):
@@ -715,7 +722,7 @@ class Machine:
             torch.set_num_threads(1)  # more of them wait for each other between short kernels
             backend = "cpu:gloo,cuda:nccl"
         if self.num_processes > 1 and not torch.distributed.is_initialized():
-            hours = timedelta(hours=24)  # that the others wait for the first one's pass
+            hours = timedelta(hours=24)  # the others wait while the first one asks the teacher
             torch.distributed.init_process_group(backend, timeout=hours)
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
@@ -730,7 +737,7 @@ class Machine:
 def find_dtype(amp, device):
     """--amp; "auto": bf16 where the hardware has it, fp16 on older GPUs, else 32 bits."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if amp == "auto" and device.type == "cpu":
         abilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
         amp = "bf16" if any(abilities[name] for name in abilities if "bf16" in name) else "off"
@@ -777,7 +784,7 @@ def remove(path):
 @contextlib.contextmanager
 def whole(target, owner="", once=False):
     """A path to write a file or folder to, which replaces `target` when it is whole. `owner` keeps
-    runs apart that write at once; once: a target that is there by then, another run's, may stay."""
+    runs apart that write at once; once: if another run was first, its target stays."""
     unfinished = target.with_name(f"{target.name}{owner}.partial")
     remove(unfinished)  # of a killed run
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -823,6 +830,7 @@ class TaskData(NamedTuple):
 
     texts: dict  # split -> one or two columns, each a list of N texts
     labels: dict  # split -> (N,): class numbers, or 32-bit floats
+    columns: list  # names of those of text
     names: list  # of the classes; [] for a regression
     metrics: list
     dev: list
@@ -875,18 +883,25 @@ def toy_model(folder, layers, width, owner=""):
 
 
 def read_csv(path, separator):
-    """Fields are text as it stands there ("01", "NA"); but labels that are all numbers, some with a
-    point, are those of a regression. By hand: pandas fills up a row with too few fields."""
+    """Fields are text as it stands there: "01", "NA". By hand: pandas fills up a row with too few
+    fields."""
     csv.field_size_limit(2**30)  # a text may be long
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter=separator, strict=True) if row]
+        rows = [row or [""] for row in csv.reader(file, delimiter=separator, strict=True)]
+    if len(rows[0]) > 1:  # of texts alone: an empty one
+        rows = [row for row in rows if row != [""]]
     if any(len(row) != len(set(rows[0])) for row in rows):
         raise ValueError("names of columns are alike, or a row has too many or too few fields")
     table = {column[0]: list(column[1:]) for column in zip(*rows, strict=True)}
-    if any("." in label for label in table.get("label", [])):
+    return table | {"label": as_numbers(table["label"])} if "label" in table else table
+
+
+def as_numbers(labels):
+    """Labels of a csv that are all numbers, some with a point, are those of a regression."""
+    if any("." in label for label in labels):
         with contextlib.suppress(ValueError):
-            table["label"] = [float(label) for label in table["label"]]
-    return table
+            return [float(label) for label in labels]
+    return labels
 
 
 def read_file(path):
@@ -950,7 +965,7 @@ def load_data(config) -> TaskData:
     metrics = metrics_of(config.task, names)
     content = json.dumps([texts, names, *(x.tolist() for x in labels.values())])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
-    return TaskData(texts, labels, names, metrics, [*splits][1:], fingerprint)
+    return TaskData(texts, labels, columns, names, metrics, [*splits][1:], fingerprint)
 
 
 def text_columns(dataset):
@@ -958,7 +973,7 @@ def text_columns(dataset):
 
 
 def subset(size, most):
-    """At most so many rows, drawn at random, the same in all runs; in their order."""
+    """At most so many rows, drawn at random, the same in all runs, in the file's order."""
     return sorted(random.Random("subset").sample(range(size), min(size, most)))
 
 
@@ -1056,7 +1071,8 @@ class Encoder:
 
 
 def check_encoder(model, tokenizer, info) -> bool:
-    """Is nothing missing? ValueError if more than head and pooler is, or a tokenizer that fits."""
+    """Is nothing missing? ValueError if more than head and pooler is, or
+    if the tokenizer does not fit."""
     import transformers as hf
 
     config, base = model.config, f"{model.base_model_prefix}."
@@ -1082,7 +1098,7 @@ def tokenize(encoder, texts, max_length):
     cut = {"truncation": True, "max_length": min(max_length, longest), "return_length": True}
     table = Dataset.from_dict({str(i): column for i, column in enumerate(texts)})
     options = {"input_columns": table.column_names, "remove_columns": table.column_names}
-    options |= {"batched": True, "fn_kwargs": cut, "new_fingerprint": "cut"}
+    options |= {"batched": True, "fn_kwargs": cut, "new_fingerprint": "cut"}  # no hash of its own
     return table.map(encoder.tokenizer, **options)
 
 
@@ -1136,7 +1152,7 @@ def ask_teacher(teacher, texts, pool, config, machine) -> Path:
         with whole(folder, owner, once=True) as unfinished:
             write_outputs(unfinished, teacher, tokens, pool, machine)
     machine.agree()
-    read_outputs(folder, torch.arange(1), [1] if pool else None)  # damage is told now
+    read_outputs(folder, torch.arange(1), [1] if pool else None)  # damage is told here
     return folder
 
 
@@ -1150,7 +1166,7 @@ def write_outputs(folder, teacher, tokens, pool, machine):
     if pool:
         print(f"cache    {math.prod(shape) * 2 / 1e6:.1f} MB for {folder.parent}", flush=True)
     folder.mkdir()
-    with open(folder / "pooled.npy" if pool else os.devnull, "wb") as file:  # no layers, no file
+    with open(folder / "pooled.npy" if pool else os.devnull, "wb") as file:  # no layers: to nowhere
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for start in tqdm(range(0, len(tokens), 2048), "teacher", leave=False, disable=None):
@@ -1207,7 +1223,7 @@ def make_loader(training_set, requests, machine):
     """One for all epochs, as starting workers takes seconds: the list `requests` is refilled."""
     options = {"sampler": requests, "batch_size": None}  # a request is a batch
     options["generator"] = torch.Generator()  # else every epoch draws from the global one
-    if machine.device.type == "cuda":  # a CPU has no cores to spare for workers
+    if machine.device.type == "cuda":  # training on a CPU needs all its cores
         options |= {"num_workers": 2, "persistent_workers": True, "pin_memory": True}
     return DataLoader(training_set, worker_init_fn=reset_signals, **options)
 
@@ -1232,7 +1248,7 @@ class Objective(nn.Module):
         self.model, self.ild = student.model, ild if stage.ild else None
         self.temperature, self.num_checkpoints = config.temperature, num_checkpoints
         self.max_temperature = (config.max_temperature or 7.0) if stage.anneal else None
-        self.checkpoint = num_checkpoints - 1 if stage.kd else None  # the last: the teacher itself
+        self.checkpoint = num_checkpoints - 1 if stage.kd else None  # the last in training order
         self.layers_t = None
 
     def set_epoch(self, epoch):
@@ -1265,7 +1281,7 @@ class Objective(nn.Module):
             mixed = self.ild.pool(hidden, mask, *slots)
             terms["mix"] = self.progress * mixup_loss(mixed, pooled_s, share)
         weights = self.stage._asdict()
-        loss = sum(weights[name] * terms[name] for name in terms if weights[name])
+        loss = sum(weights[name] * terms[name] for name in terms if weights[name])  # Eq. 4
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 
@@ -1290,8 +1306,9 @@ def load_checkpoint(path, facts, parts) -> list:
     with as_user_error(f"{path} is damaged: delete it and start again"):
         content = {} | torch.load(path, map_location="cpu", weights_only=True)
     check_settings(f"{path} is of", facts, content.get("facts"), ": pass the same, or delete it")
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
+    with as_user_error(f"{path} does not fit: delete it and start again"):
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
     print(f"resumed after epoch {content['rows'][-1]['epoch']}", flush=True)
     return content["rows"]
 
@@ -1362,7 +1379,7 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
     parts = make_parts(objective, config, machine, num_steps)
     facts = config.settings | {"data": training_set.fingerprint, "precision": str(machine.dtype)}
     facts["processes"] = machine.num_processes
-    facts["teacher's outputs"] = [folder.name for folder in training_set.outputs]
+    facts["teacher's outputs"] = [path.name for path in training_set.outputs]
     rows = load_checkpoint(folder / "checkpoint.pt", facts, parts)
     for epoch in objective.epochs[len(rows) :]:
         best = max(rows, key=lambda row: row["score"], default={"score": -math.inf, "epoch": epoch})
@@ -1437,7 +1454,8 @@ def load_teacher(name, data, config, machine) -> Encoder:
 
 
 def plan_tuning(data, config, machine):
-    """-> the flags that fine-tuning a teacher depends on, and no more; its folder for all runs."""
+    """-> the flags that fine-tuning a teacher depends on, and the folder that all runs share. A
+    model that is changed under the same name is not noticed."""
     common = ("teacher", "max_length", "weight_decay", "warmup", "keep_teacher_epochs")
     options = {name: getattr(config, name) for name in common}
     options |= {"epochs": config.teacher_epochs, "patience": config.teacher_epochs}
@@ -1453,7 +1471,7 @@ def tune_teacher(teacher, data, tuning, machine, work, folder) -> Encoder:
     """Give it a head for the task. A training that was stopped goes on in its folder `work`."""
     print(f"teacher  {teacher.title} has no head: fine-tuned for {folder}", flush=True)
     if machine.rank == 0 and not (work / "checkpoint.pt").exists():
-        remove(work)  # of a training that was given up
+        remove(work)  # without a checkpoint nothing can go on
     tuning = replace(tuning, batch_size=max(1, tuning.batch_size // machine.num_processes))
     train_stages(teacher, data, tuning, machine, work, keep=tuning.keep_teacher_epochs)
     if machine.rank == 0:
@@ -1508,7 +1526,7 @@ def ask_checkpoints(teacher, data, config, machine) -> list[Path]:
             names = sorted(map(str, Path(teacher.name).parent.glob("epoch-*"))) or names
         alone = "" if names[1:] else ", alone: Annealing-KD"
         print(f"{len(names)} checkpoint(s) of the teacher{alone}", flush=True)
-        pool = pool if config.uses("ild") else None  # other methods' are cached for all of them
+        pool = pool if config.uses("ild") else None  # else with states: one cache for all methods
     folders = []
     for name in names:
         encoder = teacher if name == teacher.name else load_teacher(name, data, config, machine)
@@ -1524,12 +1542,24 @@ def make_loss(student, teacher, num_examples, config, machine) -> IntermediateLo
     if DISTANCES[config.distance or METHODS[config.method].distance] is ContrastiveDistance:
         options["num_examples"] = num_examples
         if machine.num_processes > 1:
-            raise UserError("a memory bank is of one process: no torchrun")
+            raise UserError("a memory bank works in one process alone: no torchrun")
     blocks, widths = (student.num_layers, teacher.num_layers), (student.width, teacher.width)
     torch.manual_seed(config.seed)
     what = f"--method {config.method}, {blocks[1]} blocks to {blocks[0]}"
     with as_user_error(what, kind=ValueError):
         return IntermediateLoss(config.method, *blocks, *widths, config.seed, **options)
+
+
+def start_maps(ild, student, outputs, data, config, machine):
+    """The ridge start, on up to 2,000 training examples."""
+    size = len(data.labels["train"])
+    rows = random.Random("ridge").sample(range(size), min(2000, size))
+    texts = [[column[row] for row in rows] for column in data.texts["train"]]
+    tokens = tokenize(student, texts, config.max_length)
+    pooled_s = read_all(student, tokens, machine, ild.pool_tokens, ild.layers_s)[1]
+    pooled_t = read_outputs(outputs, torch.tensor(rows), range(1, ild.num_layers_t + 1))
+    ild.fit_pooled(pooled_s, pooled_t.float())
+    ild.to(machine.device)
 
 
 def consult_teacher(student, data, config, machine, work):
@@ -1543,45 +1573,40 @@ def consult_teacher(student, data, config, machine, work):
     torch.manual_seed(config.teacher_seed)  # draws the head, if there is none
     name = str(folder / "model") if is_tuned else config.teacher_names[-1]
     teacher, ild = load_teacher(name, data, config, machine), None
-    if config.uses("ild"):  # before the teacher is trained: they may not go together
+    if config.uses("ild"):  # before hours of tuning: teacher and student may not fit
         ild = make_loss(student, teacher, len(data.labels["train"]), config, machine)
     if not teacher.has_trained_head:
         teacher = tune_teacher(teacher, data, tuning, machine, work, folder)
     results = score_teacher(teacher, data, config, machine)
     outputs = ask_checkpoints(teacher, data, config, machine)
     teacher.model.requires_grad_(False).to("cpu")  # from here on its outputs are all we need
-    if ild:  # the ridge start, on up to 2,000 examples
-        size = len(data.labels["train"])
-        rows = random.Random("ridge").sample(range(size), min(2000, size))
-        texts = [[column[row] for row in rows] for column in data.texts["train"]]
-        tokens = tokenize(student, texts, config.max_length)
-        pooled_s = read_all(student, tokens, machine, ild.pool_tokens, ild.layers_s)[1]
-        pooled_t = read_outputs(outputs[-1], torch.tensor(rows), range(1, teacher.num_layers + 1))
-        ild.fit_pooled(pooled_s, pooled_t.float())
-        ild.to(machine.device)
+    if ild:
+        start_maps(ild, student, outputs[-1], data, config, machine)
     return results, outputs, ild
 
 
 # --------------------------------------------------------------------------------- predictions
 def predict(config) -> dict:
-    """A finished student's answers to --test-file, else to its task's test split. -> what is found
-    out about the file."""
+    """A finished student's answers to --test-file, else to its task's test split. -> the content of
+    predictions.json, or nothing."""
     prepare_libraries(config)
     machine, results = Machine(config), read_results(Path(config.predict))
     task, names = results["task"], results["labels"] or []
     if config.task != task:
         raise UserError(f"{config.predict} is a run of {task}")
-    data = TaskData({}, {}, names, metrics_of(task, names), [], "")
+    data = TaskData({}, {}, results["columns"], names, metrics_of(task, names), [], "")
     student = Encoder("model", config.student, data, machine)
+    if not student.has_trained_head:
+        raise UserError(f"{config.student} is damaged: it has no whole head")
     if config.test_file:
-        return predict_file(student, data, results["columns"], config, machine)
+        return predict_file(student, data, config, machine)
     if task not in SERVER:
         raise UserError(f"{task} has no test split: give --test-file")
     return predict_test(student, data.names, config, machine)
 
 
 def predict_test(student, names, config, machine) -> dict:
-    """submission/, as the GLUE server takes it: label words for three tasks, else numbers."""
+    """submission/, as the GLUE server takes it: words for mnli, qnli, rte, else numbers."""
     files, splits, folder = SERVER[config.task], read_glue(config), Path(config.predict)
     if not files.keys() & splits.keys():
         raise UserError(f"{config.task}: no test split, only {[*splits]}")
@@ -1601,35 +1626,40 @@ def predict_test(student, names, config, machine) -> dict:
     return {}
 
 
-def predict_file(student, data, num_columns, config, machine) -> dict:
-    """predictions.tsv: to each example the answer, as the file calls it, and its probability. With
-    labels in the file predictions.json, the metrics, and those of --teacher."""
+def predict_file(student, data, config, machine) -> dict:
+    """predictions.tsv: to each example the model's answer, as the file calls it, and that answer's
+    own probability. With labels in the file predictions.json, the metrics, and --teacher's."""
     path, dataset, folder = config.test_file, read_file(config.test_file), Path(config.predict)
     columns, is_labelled = text_columns(dataset), "label" in dataset.column_names
-    if len(columns) != num_columns:
-        raise UserError(f"{path}: {num_columns} column(s) of text needed, not {columns}")
-    if not is_labelled:
+    if sorted(columns) == sorted(data.columns):
+        columns = data.columns  # in the order of the training data
+    if len(columns) != len(data.columns):
+        raise UserError(f"{path}: columns of text {data.columns} needed, not {columns}")
+    if not is_labelled:  # read_columns wants some
         dataset = dataset.add_column("label", [0] * len(dataset))
     rows = subset(len(dataset), config.max_test_examples)
     texts, words = read_columns(path, dataset.select(rows), columns)
     called = read_label_map(config.label_map, data.names)
-    classes = list(dict.fromkeys(called))  # several answers may lead to one
+    classes = list(dict.fromkeys(called))  # several answers may share a label
     labels = number_labels(f"{path} (--label-map?)", words, classes) if is_labelled else None
-    encoders = {"": student}
-    if config.teacher != config.student:
+    encoders = {"student": student}
+    if config.teacher:
         encoders["teacher"] = load_teacher(config.teacher, data, config, machine)
-    tables = {x: answer(encoders[x], texts, called, config, machine, rows) for x in encoders}
-    with whole(folder / "predictions.tsv") as unfinished:
-        tables[""].to_csv(unfinished, sep="\t", index_label="index", float_format="%.4f")
-    print(f"answers  {folder / 'predictions.tsv'}")
-    found = {"file": path, "n": len(rows)}
+    tables = {x: answer(encoders[x], texts, called, config, machine) for x in encoders}
     remove(folder / "predictions.json")  # of another file
+    with whole(folder / "predictions.tsv") as unfinished:
+        table = tables["student"].set_axis(rows)
+        table.to_csv(unfinished, sep="\t", index_label="index", float_format="%.4f")
+    print(f"answers  {folder / 'predictions.tsv'}")
+    found, keys = (
+        {"file": path, "n": len(rows)},
+        {"student": "metrics", "teacher": "teacher_metrics"},
+    )
     if is_labelled:
         for role, table in tables.items():
             answers = number_labels(path, table["prediction"], classes)
-            scores = {name: measure(name, answers, labels) for name in data.metrics}
-            found[f"{role}_metrics".lstrip("_")] = scores
-            print(f"{role or 'student'}  {in_words(scores)}")
+            found[keys[role]] = {x: measure(x, answers, labels) for x in data.metrics}
+            print(f"{role}  {in_words(found[keys[role]])}")
         with whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(found, indent=1))
     return found
@@ -1639,23 +1669,22 @@ def read_label_map(text, names) -> list:
     """--label-map -> what each of the model's answers, in their order, is called in the file."""
     if text is None:
         return names
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    called = {answer: label for answer, _, label in pairs}
-    if sorted(answer for answer, _, _ in pairs) != sorted(names) or not all(called.values()):
+    pairs = [pair.partition("=")[::2] for pair in text.split(",")]
+    if sorted(x for x, _ in pairs) != sorted(names) or not all(label for _, label in pairs):
         raise UserError(f"--label-map: ANSWER=LABEL, once for each answer: {names or 'none'}")
-    return [called[name] for name in names]
+    return [dict(pairs)[name] for name in names]
 
 
-def answer(encoder, texts, called, config, machine, rows=None):
+def answer(encoder, texts, called, config, machine):
     """-> a `pandas.DataFrame`: prediction and, unless it is a regression, its probability."""
     import pandas
 
     logits = read_all(encoder, tokenize(encoder, texts, config.max_length), machine)[0]
     if not called:
-        return pandas.DataFrame({"prediction": logits[:, 0].tolist()}, rows)
+        return pandas.DataFrame({"prediction": logits[:, 0].tolist()})
     chances, numbers = logits.softmax(dim=1).max(dim=1)
     words = [called[number] for number in numbers]
-    return pandas.DataFrame({"prediction": words, "probability": chances.tolist()}, rows)
+    return pandas.DataFrame({"prediction": words, "probability": chances.tolist()})
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -1710,7 +1739,7 @@ def distil(config, folder):
     machine.agree()
     results |= train_stages(student, data, config, machine, folder, outputs, ild)
     results |= {"task": config.task, "method": config.method, "seed": config.seed}
-    results |= {"labels": data.names or None, "columns": len(data.texts["train"])}
+    results |= {"labels": data.names or None, "columns": data.columns}
     results |= {"floor": data.floor, "params_s": student.num_params}
     results |= {"model": str(folder / "model"), "config": config.settings, "device": device}
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "datasets")}

@@ -1223,9 +1223,13 @@ def test_submission_is_what_the_model_says(tmp_path, models, capsys, row):
 
 def test_predictions_of_a_file(tmp_path, models, capsys):
     """Catches a map before the argmax, a label missed, other rows than the subset's, metrics of
-    other rows, a limit of length that is not the run's or that which is given, a stale file."""
+    other rows, columns in the order of this file, a stale file."""
     run = finished(tmp_path, models)
-    table = {"a": PREMISES, "b": PREMISES[::-1], "label": ["entails", "neutral"] * 25}
+    table = {
+        "hypothesis": PREMISES[::-1],
+        "premise": PREMISES,
+        "label": ["entails", "neutral"] * 25,
+    }
     file = write_table(tmp_path / "other.tsv", table)
     args = ["--predict", str(run), "--test-file", file, "--device", "cpu"]
     named = "neutral=neutral,contradiction=neutral,entailment=entails"
@@ -1276,6 +1280,7 @@ def test_predictions_at_the_length_of_the_run(tmp_path, models, length):
 
 PAIRED = "a,b,label\n" + "a,b,entailment\n" * 4
 UNFIT = [  # what is added to the command, the file, what the line says
+    ("--student {teacher}", PAIRED, "no --student"),
     ("--predict nowhere", PAIRED, "no finished run in nowhere"),
     ("--label-map entailment=x,neutral=y", PAIRED, "--label-map", "contradiction"),
     ("--label-map entailment=a,neutral=b,contradiction=c,x=d", PAIRED, "--label-map"),
@@ -1284,8 +1289,7 @@ UNFIT = [  # what is added to the command, the file, what the line says
     ("--label-map entailment=a,neutral=b,contradiction=c", PAIRED, "['a', 'b', 'c']"),
     ("--task rte", PAIRED, "is a run of mnli"),
     ("--teacher {teacher}", PAIRED, "has no head"),
-    ("--teacher {teacher} --max-test-examples 0", PAIRED, "--max-test-examples"),
-    ("", "a,label\nx,entailment\n", "2 column(s) of text", "['a']"),
+    ("", "a,label\nx,entailment\n", "columns of text ['premise', 'hypothesis']", "['a']"),
     ("", "a,b\n", "rows of label and one or two columns of text"),
     ("", PAIRED + "a,b,maybe\n", "'maybe'"),
     ("--test-file no.csv", PAIRED, "No such file or directory: 'no.csv'"),
@@ -1301,10 +1305,10 @@ def test_mistakes_in_predictions(place, models, capsys):
         args = ["--predict", str(run), "--test-file", "file.csv", "--device", "cpu"]
         refused([*args, *more.format(teacher=models[1]).split()], capsys, *words, kept=place)
     refused(args[:2], capsys, "mnli: no test split", "validation", kept=place)
-    refused([*args[:2], "--max-test-examples", "5"], capsys, "are for --test-file", kept=place)
-    refused([*args[:2], "--label-map", "a=b"], capsys, "are for --test-file", kept=place)
-    refused(["--task", "sst2", *args[2:4]], capsys, "--test-file is for --predict", kept=place)
-    refused([*args[:2], "--teacher", models[1]], capsys, "are for --test-file", kept=place)
+    refused([*args[:2], "--max-test-examples", "5"], capsys, "need --test-file", kept=place)
+    refused([*args[:2], "--label-map", "a=b"], capsys, "need --test-file", kept=place)
+    refused(["--task", "sst2", *args[2:4]], capsys, "need --predict RUN", kept=place)
+    refused([*args[:2], "--teacher", models[1]], capsys, "need --test-file", kept=place)
     own = Path(R.main(command(place, models, "--method", "none", "--epochs", "1"))["model"]).parent
     refused(["--predict", str(own)], capsys, "own has no test split", kept=place)
     (run / "model" / "config.json").write_text("{}")
