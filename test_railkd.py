@@ -1225,11 +1225,8 @@ def test_predictions_of_a_file(tmp_path, models, capsys):
     """Catches a map before the argmax, a label missed, other rows than the subset's, metrics of
     other rows, columns in the order of this file, a stale file."""
     run = finished(tmp_path, models)
-    table = {
-        "hypothesis": PREMISES[::-1],
-        "premise": PREMISES,
-        "label": ["entails", "neutral"] * 25,
-    }
+    table = {"hypothesis": PREMISES[::-1], "premise": PREMISES}
+    table["label"] = ["entails", "neutral"] * 25
     file = write_table(tmp_path / "other.tsv", table)
     args = ["--predict", str(run), "--test-file", file, "--device", "cpu"]
     named = "neutral=neutral,contradiction=neutral,entailment=entails"
@@ -1305,10 +1302,9 @@ def test_mistakes_in_predictions(place, models, capsys):
         args = ["--predict", str(run), "--test-file", "file.csv", "--device", "cpu"]
         refused([*args, *more.format(teacher=models[1]).split()], capsys, *words, kept=place)
     refused(args[:2], capsys, "mnli: no test split", "validation", kept=place)
-    refused([*args[:2], "--max-test-examples", "5"], capsys, "need --test-file", kept=place)
-    refused([*args[:2], "--label-map", "a=b"], capsys, "need --test-file", kept=place)
+    for more in (["--max-test-examples", "5"], ["--label-map", "a=b"], ["--teacher", models[1]]):
+        refused([*args[:2], *more], capsys, "need --test-file", kept=place)
     refused(["--task", "sst2", *args[2:4]], capsys, "need --predict RUN", kept=place)
-    refused([*args[:2], "--teacher", models[1]], capsys, "need --test-file", kept=place)
     own = Path(R.main(command(place, models, "--method", "none", "--epochs", "1"))["model"]).parent
     refused(["--predict", str(own)], capsys, "own has no test split", kept=place)
     (run / "model" / "config.json").write_text("{}")
