@@ -1169,12 +1169,7 @@ def finished(folder, models, task="mnli", names=MNLI, tests=("test",), more=()):
 
 def asked(model, premises, hypotheses, **cut):
     """What the model itself says to each pair, one at a time: logits (N, C)."""
-    encoder = hf.AutoModelForSequenceClassification.from_pretrained(model).eval()
-    tokenizer, logits = hf.AutoTokenizer.from_pretrained(model), []
-    with torch.no_grad():
-        for pair in zip(premises, hypotheses, strict=True):
-            logits.append(encoder(**tokenizer(*pair, return_tensors="pt", **cut)).logits[0])
-    return torch.stack(logits)
+    return answers(model, zip(premises, hypotheses, strict=True), **cut)[0]
 
 
 def table_of(path):
@@ -1279,10 +1274,10 @@ PAIRED = "a,b,label\n" + "a,b,entailment\n" * 4
 UNFIT = [  # what is added to the command, the file, what the line says
     ("--student {teacher}", PAIRED, "no --student"),
     ("--predict nowhere", PAIRED, "no finished run in nowhere"),
-    ("--label-map entailment=x,neutral=y", PAIRED, "--label-map", "contradiction"),
-    ("--label-map entailment=a,neutral=b,contradiction=c,x=d", PAIRED, "--label-map"),
-    ("--label-map entailment=a,neutral=b,contradiction=", PAIRED, "--label-map"),
-    ("--label-map entailment=a,neutral=b,contradiction=c,neutral=a", PAIRED, "--label-map"),
+    ("--label-map entailment=entailment,neutral=y", PAIRED, "ANSWER=LABEL", "contradiction"),
+    ("--label-map entailment=a,neutral=b,contradiction=c,x=d", PAIRED, "ANSWER=LABEL"),
+    ("--label-map entailment=entailment,neutral=b,contradiction=", PAIRED, "ANSWER=LABEL"),
+    ("--label-map entailment=a,neutral=b,contradiction=c,neutral=a", PAIRED, "ANSWER=LABEL"),
     ("--label-map entailment=a,neutral=b,contradiction=c", PAIRED, "['a', 'b', 'c']"),
     ("--task rte", PAIRED, "is a run of mnli"),
     ("--teacher {teacher}", PAIRED, "has no head"),
@@ -1307,6 +1302,10 @@ def test_mistakes_in_predictions(place, models, capsys):
     refused(["--task", "sst2", *args[2:4]], capsys, "need --predict RUN", kept=place)
     own = Path(R.main(command(place, models, "--method", "none", "--epochs", "1"))["model"]).parent
     refused(["--predict", str(own)], capsys, "own has no test split", kept=place)
+    weights = load_file(run / "model" / "model.safetensors")
+    del weights["classifier.bias"]
+    save_file(weights, run / "model" / "model.safetensors", {"format": "pt"})
+    refused(args, capsys, "no whole head", kept=place)
     (run / "model" / "config.json").write_text("{}")
     refused(args, capsys, "cannot load the model", str(run / "model"), kept=place)
     (run / "results.json").write_text('{"task": "mnli"}')
@@ -1466,15 +1465,16 @@ def die_at(patch, owner, name, number):
     return writing
 
 
-def answers(folder, texts):
-    """An independent pass, an example at a time, without padding: logits (N, C), and each layer's
+def answers(folder, texts, **cut):
+    """An independent pass, one text or pair at a time, unpadded: logits (N, C), and each layer's
     mean and first token, (N, layers, d)."""
     model = hf.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     rows = []
     with torch.no_grad():
         for text in texts:
-            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            pair = [text] if isinstance(text, str) else text
+            ids = torch.tensor([tokenizer(*pair, **cut)["input_ids"]])
             output = model(input_ids=ids, output_hidden_states=True)
             layers = torch.cat(output.hidden_states)  # (layers, L, d)
             rows.append((output.logits[0], layers.mean(1), layers[:, 0]))
