@@ -577,9 +577,9 @@ class Config:
     teacher_cache: str = flag(TEACHER, None, "for its outputs; ours: OUTPUT_DIR/teacher-cache")
     output_dir: str = flag(OUTPUT, "runs", "results go to DIR/TASK/METHOD-seedN; ours")
     overwrite: bool = flag(OUTPUT, False, "anew where there are results; ours", action="store_true")
-    report: str = flag(OUTPUT, None, "no run, the table of those that a folder holds; ours")
-    predict: str = flag(PREDICT, None, "no run, a finished one's folder: GLUE's test split; ours")
-    test_file: str = flag(PREDICT, None, "as --train-file, label not needed: answers this; ours")
+    report: str = flag(OUTPUT, None, "the table of the finished runs in this folder; ours")
+    predict: str = flag(PREDICT, None, "a finished run's folder; answers GLUE's test split; ours")
+    test_file: str = flag(PREDICT, None, "answers this instead, label not needed; ours")
     label_map: str = flag(PREDICT, None, "ANSWER=LABEL,..: what answers are called there; ours")
     max_test_examples: int = flag(PREDICT, 10**7, "random subset, one for all runs; ours", COUNT)
 
@@ -606,9 +606,9 @@ class Config:
     @property
     def teacher_names(self):
         """A hub name, a folder, or several in training order."""
-        if self.teacher is None or os.path.exists(self.teacher):
-            return [self.teacher] if self.teacher else []
-        return self.teacher.split(",")
+        if self.teacher is None:
+            return []
+        return [self.teacher] if os.path.exists(self.teacher) else self.teacher.split(",")
 
     @property
     def run_name(self):
