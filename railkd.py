@@ -228,11 +228,11 @@ def kd_loss(logits_s: Tensor, logits_t: Tensor, temperature: float, max_temperat
     logits_s and phi(T) logits_t, phi(T) = 1 - (T - 1) / max_temperature (Annealing-KD, Jafari et
     al., 2021). ValueError for other shapes and for T <= 0."""
     if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
-        shapes = f"{logits_s.shape}, {logits_t.shape}"
-        raise ValueError(f"need logits (B, C) twice and T > 0, not {shapes}, {temperature}")
+        raise ValueError(f"need (B, C), T > 0: {logits_s.shape}, {logits_t.shape}, {temperature}")
     logits_s, logits_t = logits_s.float(), logits_t.detach().float()
     if max_temperature:
-        return F.mse_loss(logits_s, (1 - (temperature - 1) / max_temperature) * logits_t)
+        phi = 1 - (temperature - 1) / max_temperature  # from near 0 to 1 as the temperature falls
+        return F.mse_loss(logits_s, phi * logits_t)
     if logits_s.shape[1] == 1:
         return F.mse_loss(logits_s, logits_t)
     log_p_s = F.log_softmax(logits_s / temperature, dim=-1)
@@ -1204,7 +1204,7 @@ class TrainingSet(Dataset):
         generator = torch.Generator().manual_seed(key)
         rows = torch.randperm(len(self.lengths), generator=generator)
         if machine.num_processes > 1:
-            num_rows = math.ceil(len(rows) / size) * size
+            num_rows = math.ceil(len(rows) / size) * size  # whole batches alone
             rows = rows.repeat(math.ceil(num_rows / len(rows)))[:num_rows]
         batches = []
         for part in rows.split(50 * size):
@@ -1235,7 +1235,7 @@ def mixup_loss(mixed: Tensor, clean: Tensor, share: float) -> Tensor:
     mixed, clean = unit(mixed), unit(clean).detach()
     to_own = (mixed - clean).square().sum(-1).mean()
     to_other = (mixed - clean.flip(0)).square().sum(-1).mean()
-    return share * to_own + (1 - share) * to_other
+    return share * to_own + (1 - share) * to_other  # as near to each text as it has of it
 
 
 class Objective(nn.Module):
