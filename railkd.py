@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 # ================================================================================== the method
-# Needs torch and, of the standard library, random and typing. Copy it down to "end of the method".
+# Copy it down to "end of the method", with imports of random, NamedTuple, torch, F, Tensor and nn.
 # Shapes: B batch, L tokens, d_s and d_t hidden widths, n blocks of the teacher, m slots (layers of
 # the student in use), k teacher layers in use, u width of the maps, C classes, N examples.
 # hidden_states[0] is the output of the embedding, hidden_states[i] that of block i.
@@ -478,7 +478,7 @@ METHODS = {
 
 # ------------------------------------------------------------------------------- configuration
 FORMAT = 5  # of the files that a run writes; those of another format are refused by name
-ADVICE = "; no hub? Local folders for --teacher, --student, --data-root; or --task toy"
+ADVICE = "; no such folder, no hub? Folders for --teacher, --student, --data-root; or --task toy"
 # metrics as in GLUE, the first selects the epoch
 TASKS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"]}
 TASKS |= {"stsb": ["pearson", "spearman"]}
@@ -517,7 +517,8 @@ def number(kind, low, high=math.inf, count=1):
         values = [kind(value) for value in text.split(",")]
         in_range = all(low <= value <= high for value in values)
         if len(values) != count or not in_range or (count > 1 and not any(values)):
-            raise argparse.ArgumentTypeError(f"{text} is not {count} number(s) in [{low}, {high}]")
+            wanted = f"{count} numbers" if count > 1 else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted} in [{low}, {high}]")
         return values if count > 1 else values[0]
 
     convert.__name__ = kind.__name__  # for argparse's own message
@@ -631,7 +632,17 @@ def parse(argv=None) -> Config:
     for entry in fields(Config):
         name, group = "--" + entry.name.replace("_", "-"), groups[entry.metadata["group"]]
         group.add_argument(name, default=entry.default, **entry.metadata["options"])
-    parser.set_defaults(**other_defaults(parser.parse_known_args(argv)[0]))
+    known, _ = parser.parse_known_args(argv)
+    if known.predict:  # all as in that run, but no teacher
+        run, model = read_results(Path(known.predict)), str(Path(known.predict, "model"))
+        del run["config"]["format"]
+        parser.set_defaults(**run["config"] | {"student": model})
+        parser.set_defaults(teacher=None, teacher_labels=None)
+    elif known.task == "toy":  # a minute instead of hours, and models of its own
+        teacher, student = (str(Path(known.output_dir, "toy", x)) for x in ("teacher", "student"))
+        epochs = 8 * len(METHODS[known.method].stages)
+        parser.set_defaults(teacher=teacher, student=student, epochs=epochs, patience=8, lr=1e-3)
+        parser.set_defaults(teacher_epochs=8, teacher_lr=1e-3)
     config = Config(**vars(parser.parse_args(argv)))
     if config.report is None:
         check_prediction(config)
@@ -639,21 +650,6 @@ def parse(argv=None) -> Config:
         check_task(config)
         check_method(config)
     return replace(config, keep_teacher_epochs=config.keep_teacher_epochs or config.uses("anneal"))
-
-
-def other_defaults(known) -> dict:
-    """The toy task: a minute instead of hours, and models of its own. --predict: all as in that
-    run, but no teacher."""
-    if known.predict:
-        run, model = read_results(Path(known.predict)), str(Path(known.predict, "model"))
-        del run["config"]["format"]
-        return run["config"] | {"student": model, "teacher": None, "teacher_labels": None}
-    if known.task == "toy":
-        folder = Path(known.output_dir, "toy")
-        toy = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
-        toy |= {"epochs": 8 * len(METHODS[known.method].stages), "patience": 8, "lr": 1e-3}
-        return toy | {"teacher_epochs": 8, "teacher_lr": 1e-3}
-    return {}
 
 
 def check_prediction(config):
@@ -675,7 +671,8 @@ def check_task(config):
     """What is to be learned, and where teacher, student and results are: three places."""
     files = (config.train_file, config.validation_file)
     if any(files) != all(files) or any(files) == (config.task in TASKS):
-        raise UserError(f"need --task {', '.join(TASKS)}, or --train-file and --validation-file")
+        known = f"{', '.join(TASKS)} alone, or another name with --train-file and --validation-file"
+        raise UserError(f"--task {config.task}: need {known}")
     if config.teacher_cache == "off":
         raise UserError("--teacher-cache off is gone: the teacher's outputs are always kept")
     teachers = [Path(name).resolve() for name in config.teacher_names]
@@ -801,18 +798,14 @@ def whole(target, owner="", once=False):
         remove(unfinished)  # of a full disk, of a signal
 
 
-def read_json(path):
-    with as_user_error(f"{path} is damaged: delete it and start again"):
-        return {} | json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_results(folder):
     """results.json of a finished run."""
     path = folder / "results.json"
     if not path.exists():
         raise UserError(f"no finished run in {folder}: there is no results.json")
-    results = read_json(path)
-    check_settings(f"{path} is of", {"format": FORMAT}, results.get("config"), ": run it again")
+    with as_user_error(f"{path} is damaged: delete it and start again"):
+        results = {} | json.loads(path.read_text(encoding="utf-8"))
+    check_settings(f"{path} is of", {"format": FORMAT}, results.get("config"), ": --overwrite it")
     return results
 
 
@@ -828,11 +821,11 @@ def check_settings(what, now, then, advice):
 class TaskData(NamedTuple):
     """Splits are "train" and those of `dev`."""
 
+    task: str
     texts: dict  # split -> one or two columns, each a list of N texts
     labels: dict  # split -> (N,): class numbers, or 32-bit floats
     columns: list  # names of those of text
     names: list  # of the classes; [] for a regression
-    metrics: list
     dev: list
     fingerprint: str
 
@@ -843,15 +836,16 @@ class TaskData(NamedTuple):
         for split in self.dev:
             logits, suffix = answer(split), split.removeprefix("validation").replace("_matched", "")
             answers = logits.argmax(dim=1) if self.names else logits[:, 0]
-            for name in self.metrics:
-                scores[name + suffix] = measure(name, answers, self.labels[split])
+            metrics = measure(self.task, answers, self.labels[split])
+            scores |= {name + suffix: value for name, value in metrics.items()}
         return scores
 
     @property
     def floor(self):
         """The majority baseline: the score of one answer for all."""
         labels = self.labels[self.dev[0]]
-        return measure(self.metrics[0], labels.mode().values.expand(len(labels)), labels)
+        scores = measure(self.task, labels.mode().values.expand(len(labels)), labels)
+        return next(iter(scores.values()))
 
 
 def toy_data(split, size):
@@ -890,8 +884,8 @@ def read_csv(path, separator):
         rows = [row or [""] for row in csv.reader(file, delimiter=separator, strict=True)]
     if len(rows[0]) > 1:  # of texts alone: an empty one
         rows = [row for row in rows if row != [""]]
-    if any(len(row) != len(set(rows[0])) for row in rows):
-        raise ValueError("names of columns are alike, or a row has too many or too few fields")
+    if any(len(row) != len({*rows[0]} - {""}) for row in rows):
+        raise ValueError("a column has no name or another's, or a row too many or too few fields")
     table = {column[0]: list(column[1:]) for column in zip(*rows, strict=True)}
     return table | {"label": as_numbers(table["label"])} if "label" in table else table
 
@@ -939,7 +933,8 @@ def read_glue(config):
     from datasets import load_dataset
 
     folder = Path(config.data_root or "", "nyu-mll", "glue", config.task)
-    with as_user_error(f"no data in {folder}", ADVICE):
+    advice = f"; is there {folder}/*.parquet?" if config.data_root else ADVICE
+    with as_user_error(f"cannot load {config.task}", advice):
         if not config.data_root:
             return load_dataset("nyu-mll/glue", config.task)
         # left to itself the library takes both of MNLI's dev sets for one split
@@ -962,10 +957,9 @@ def load_data(config) -> TaskData:
     labels["train"] = labels["train"][rows]
     if len(labels["train"].unique()) < 2:
         raise UserError(f"train: no label but {words['train'][rows[0]]}, nothing to learn")
-    metrics = metrics_of(config.task, names)
     content = json.dumps([texts, names, *(x.tolist() for x in labels.values())])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
-    return TaskData(texts, labels, columns, names, metrics, [*splits][1:], fingerprint)
+    return TaskData(config.task, texts, labels, columns, names, [*splits][1:], fingerprint)
 
 
 def text_columns(dataset):
@@ -984,15 +978,10 @@ def read_columns(split, dataset, columns):
     is_label = {"str", "int", "float", "bool"}.issuperset(kinds.get("label") or ["none"])
     texts = [kinds.get(column) for column in columns]
     if not is_label or texts not in ([["str"]], [["str"], ["str"]]):
-        raise UserError(
-            f"{split}: rows of label and one or two columns of text needed, not {kinds}"
-        )
+        wanted = f"rows of label and one or two columns of text needed ({', '.join(columns)})"
+        raise UserError(f"{split}: {wanted}, not {kinds}")
     words = dict(enumerate(getattr(dataset.features["label"], "names", [])))
     return [table[column] for column in columns], [words.get(x, x) for x in table["label"]]
-
-
-def metrics_of(task, names):
-    return TASKS.get(task, ["accuracy"] if names else TASKS["stsb"])
 
 
 def class_names(task, feature, labels):
@@ -1028,26 +1017,26 @@ class Encoder:
     """An encoder with a head for the task and its own tokenizer, from the hub or a folder. Role
     "student": its head is new unless it has one of this size; others are used as they are."""
 
-    def __init__(self, role, name, data, machine):
+    def __init__(self, role, name, labels, machine):
         """No code of a model is run. UserError: no encoder, or not whole."""
         import transformers as hf
 
-        labels, options = data.names or ["score"], {"trust_remote_code": False}
+        answers, options = labels or ["score"], {"trust_remote_code": False}
         advice = "" if os.path.exists(name) else ADVICE
         with as_user_error(f"cannot load the {role} {name}", advice):
             config = hf.AutoConfig.from_pretrained(name, **options)
             has_head = role != "student" and "SequenceClassification" in str(config.architectures)
             if not has_head:
-                config.id2label = dict(enumerate(labels))
-                config.label2id = {label: i for i, label in enumerate(labels)}
-                config.problem_type = None if data.names else "regression"
+                config.id2label = dict(enumerate(answers))
+                config.label2id = {answer: i for i, answer in enumerate(answers)}
+                config.problem_type = None if labels else "regression"
             tokenizer = hf.AutoTokenizer.from_pretrained(name, **options)
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             load = hf.AutoModelForSequenceClassification.from_pretrained
             model, info = load(name, config=config, **options)
             self.has_trained_head = check_encoder(model, tokenizer, info) and has_head
-        if model.num_labels != len(labels):
-            raise UserError(f"{name} has {model.num_labels} labels, the task has {len(labels)}")
+        if model.num_labels != len(answers):
+            raise UserError(f"{name} has {model.num_labels} labels, the task has {len(answers)}")
         self.name, self.model, self.tokenizer = name, model.float().to(machine.device), tokenizer
         self.order = slice(None)  # of its labels
         self.collate = hf.DataCollatorWithPadding(tokenizer)  # pads to the longest of a batch
@@ -1079,8 +1068,10 @@ def check_encoder(model, tokenizer, info) -> bool:
     fresh = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
     lost = [name for name in fresh if base in name and "pooler" not in name]
     known = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-    if not known or lost:
-        raise ValueError(f"{config.model_type} is no encoder, or {len(lost)} weights missing")
+    if not known:
+        raise ValueError(f"{config.model_type} is no encoder")
+    if lost:
+        raise ValueError(f"{len(lost)} weights missing")
     few, words = len(tokenizer.all_special_ids), len(tokenizer)
     if not tokenizer.pad_token or not few < words <= config.vocab_size:
         raise ValueError(f"a tokenizer that does not fit: {words} words, not {config.vocab_size}")
@@ -1326,13 +1317,6 @@ def save_epoch(folder, student, wanted, log, checkpoint):
         torch.save(checkpoint, file)
 
 
-def check_finite(names, values, where):
-    """Waits for the device. UserError: there is nothing to go on with."""
-    if not values.isfinite().all():
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
-        raise UserError(f"{where}: {terms}: lower --lr? The best epoch so far stays")
-
-
 def train_epoch(net, loader, parts, machine, epoch):
     """One pass over the training data -> loss and terms, means over all examples, and the time."""
     from tqdm import tqdm
@@ -1355,8 +1339,11 @@ def train_epoch(net, loader, parts, machine, epoch):
         optimizer.zero_grad()
         sums = sums + torch.stack([*terms.values()]).detach() * len(batch["rows"])
         count += len(batch["rows"])
-        if step % 50 == 0 or step == len(loader):
-            check_finite(terms, sums / count, f"epoch {epoch}, step {step}")
+        is_checked = step % 50 == 0 or step == len(loader)  # not always: the device is waited for
+        if is_checked and not sums.isfinite().all():
+            found = describe(dict(zip(terms, (sums / count).tolist(), strict=True)))
+            where = f"epoch {epoch}, step {step}"
+            raise UserError(f"{where}: {found}: lower --lr? The best epoch so far stays")
     if machine.num_processes > 1:  # of equal shares
         torch.distributed.all_reduce(sums)
         count *= machine.num_processes
@@ -1395,7 +1382,8 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
         row = machine.agree(row | evaluate() if machine.rank == 0 else None)
         rows.append(row)
         better = row["score"] > best["score"]
-        print(describe_epoch(row), "*" if better else "", flush=True)
+        told = describe(row | row["metrics"], ("stage", "examples_per_s", "metrics", "score"))
+        print(told, "*" if better else "", flush=True)
         if machine.rank == 0:
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
             checkpoint |= {"facts": facts, "rows": rows}
@@ -1404,26 +1392,26 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
     return [*earlier, *rows]
 
 
-def describe_epoch(row):
-    """One line: what is there of it, rounded."""
-    names = ["epoch", "layers_t", "loss", "ce", "kd", "ild", "mix", "cosine_s", "seconds"]
-    shown = {name: row[name] for name in names} | row["metrics"]
-    shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in shown.items()}
-    return "  ".join(f"{name} {x}" for name, x in shown.items() if x is not None)
+def describe(values, without=()):
+    """One line: what is there, rounded."""
+    shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in values.items()}
+    return "  ".join(f"{x} {shown[x]}" for x in shown if shown[x] is not None and x not in without)
 
 
 # ---------------------------------------------------------------------------------- evaluation
-def measure(name, answers, labels):
-    """A score of answers (N,) against labels (N,); 0 where it is undefined (constant answers)."""
+def measure(task, answers, labels) -> dict:
+    """The task's metrics of answers (N,) against labels (N,), that which selects the epoch first;
+    0 where one is undefined (constant answers)."""
     import pandas
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    if not labels.is_floating_point():
-        scores = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
-        return float(scores[name](labels.numpy(), answers.numpy()))
-    table = pandas.DataFrame({"label": labels.numpy(), "answer": answers.numpy()})
-    value = float(table.corr(name, min_periods=len(table)).loc["label", "answer"])
-    return value if math.isfinite(value) else 0.0
+    if labels.is_floating_point():
+        table = pandas.DataFrame({"label": labels.numpy(), "answer": answers.numpy()})
+        tables = {name: table.corr(name, min_periods=len(table)) for name in TASKS["stsb"]}
+        return {name: float(tables[name].fillna(0.0).loc["label", "answer"]) for name in tables}
+    scores = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
+    names = TASKS.get(task, ["accuracy"])
+    return {name: float(scores[name](labels.numpy(), answers.numpy())) for name in names}
 
 
 def in_words(metrics):
@@ -1441,15 +1429,15 @@ def mean_cosine(encoder, tokens, machine, pool, layers):
 
 
 # --------------------------------------------------------------------------------- the teacher
-def load_teacher(name, data, config, machine) -> Encoder:
+def load_teacher(name, labels, config, machine) -> Encoder:
     """One of the command line; --teacher-labels puts its logits into the task's order."""
-    teacher, theirs = Encoder("teacher", name, data, machine), config.teacher_labels
+    teacher, theirs = Encoder("teacher", name, labels, machine), config.teacher_labels
     if (config.predict or config.teacher_names[1:]) and not teacher.has_trained_head:
         raise UserError(f"the teacher {teacher.title} has no head for the task")
     if theirs and teacher.has_trained_head and name in config.teacher_names:
-        if sorted(theirs.split(",")) != sorted(data.names):
-            raise UserError(f"--teacher-labels: name each label once, they are {data.names}")
-        teacher.order = [theirs.split(",").index(label) for label in data.names]
+        if sorted(theirs.split(",")) != sorted(labels):
+            raise UserError(f"--teacher-labels: name each label once, they are {labels}")
+        teacher.order = [theirs.split(",").index(label) for label in labels]
     return teacher
 
 
@@ -1479,7 +1467,7 @@ def tune_teacher(teacher, data, tuning, machine, work, folder) -> Encoder:
         with contextlib.suppress(OSError):  # another run was faster
             work.rename(folder)
     machine.agree()
-    return Encoder("teacher", str(folder / "model"), data, machine)
+    return Encoder("teacher", str(folder / "model"), data.names, machine)
 
 
 def check_label_order(answers, labels, names):
@@ -1504,10 +1492,8 @@ def score_teacher(teacher, data, config, machine) -> dict:
         folder = ask_teacher(teacher, data.texts[split], None, config, machine)
         answers[split] = read_outputs(folder, torch.arange(len(data.labels[split])))
     metrics = data.score(answers.get)
-    print(
-        f"teacher  {teacher.title}; {in_words(metrics)}; majority baseline {data.floor:.4f}",
-        flush=True,
-    )
+    told = f"{in_words(metrics)}; majority baseline {data.floor:.4f}"
+    print(f"teacher  {teacher.title}; {told}", flush=True)
     if data.names and not config.teacher_labels and teacher.name in config.teacher_names:
         check_label_order(answers[dev].argmax(dim=1), data.labels[dev], data.names)
     score = next(iter(metrics.values()))
@@ -1529,7 +1515,9 @@ def ask_checkpoints(teacher, data, config, machine) -> list[Path]:
         pool = pool if config.uses("ild") else None  # else with states: one cache for all methods
     folders = []
     for name in names:
-        encoder = teacher if name == teacher.name else load_teacher(name, data, config, machine)
+        encoder = teacher
+        if name != teacher.name:
+            encoder = load_teacher(name, data.names, config, machine)
         folders.append(ask_teacher(encoder, data.texts["train"], pool, config, machine))
     return folders
 
@@ -1572,7 +1560,7 @@ def consult_teacher(student, data, config, machine, work):
     is_tuned = machine.agree(folder.exists())
     torch.manual_seed(config.teacher_seed)  # draws the head, if there is none
     name = str(folder / "model") if is_tuned else config.teacher_names[-1]
-    teacher, ild = load_teacher(name, data, config, machine), None
+    teacher, ild = load_teacher(name, data.names, config, machine), None
     if config.uses("ild"):  # before hours of tuning: teacher and student may not fit
         ild = make_loss(student, teacher, len(data.labels["train"]), config, machine)
     if not teacher.has_trained_head:
@@ -1591,18 +1579,18 @@ def predict(config) -> dict:
     predictions.json, or nothing."""
     prepare_libraries(config)
     machine, results = Machine(config), read_results(Path(config.predict))
-    task, names = results["task"], results["labels"] or []
+    task = results["task"]
     if config.task != task:
         raise UserError(f"{config.predict} is a run of {task}")
-    data = TaskData({}, {}, results["columns"], names, metrics_of(task, names), [], "")
-    student = Encoder("model", config.student, data, machine)
+    labels = results["labels"] or []  # none: a regression
+    student = Encoder("model", config.student, labels, machine)
     if not student.has_trained_head:
         raise UserError(f"{config.student} is damaged: it has no whole head")
     if config.test_file:
-        return predict_file(student, data, config, machine)
+        return predict_file(student, labels, results["columns"], config, machine)
     if task not in SERVER:
         raise UserError(f"{task} has no test split: give --test-file")
-    return predict_test(student, data.names, config, machine)
+    return predict_test(student, labels, config, machine)
 
 
 def predict_test(student, names, config, machine) -> dict:
@@ -1626,40 +1614,38 @@ def predict_test(student, names, config, machine) -> dict:
     return {}
 
 
-def predict_file(student, data, config, machine) -> dict:
+def predict_file(student, names, columns_train, config, machine) -> dict:
     """predictions.tsv: to each example the model's answer, as the file calls it, and that answer's
     own probability. With labels in the file predictions.json, the metrics, and --teacher's."""
     path, dataset, folder = config.test_file, read_file(config.test_file), Path(config.predict)
     columns, is_labelled = text_columns(dataset), "label" in dataset.column_names
-    if sorted(columns) == sorted(data.columns):
-        columns = data.columns  # in the order of the training data
-    if len(columns) != len(data.columns):
-        raise UserError(f"{path}: columns of text {data.columns} needed, not {columns}")
+    if sorted(columns) == sorted(columns_train):
+        columns = columns_train  # in their order
+    if len(columns) != len(columns_train):
+        raise UserError(f"{path}: columns of text {columns_train} needed, not {columns}")
     if not is_labelled:  # read_columns wants some
         dataset = dataset.add_column("label", [0] * len(dataset))
     rows = subset(len(dataset), config.max_test_examples)
     texts, words = read_columns(path, dataset.select(rows), columns)
-    called = read_label_map(config.label_map, data.names)
+    called = read_label_map(config.label_map, names)
     classes = list(dict.fromkeys(called))  # several answers may share a label
     labels = number_labels(f"{path} (--label-map?)", words, classes) if is_labelled else None
     encoders = {"student": student}
     if config.teacher:
-        encoders["teacher"] = load_teacher(config.teacher, data, config, machine)
+        encoders["teacher"] = load_teacher(config.teacher, names, config, machine)
     tables = {x: answer(encoders[x], texts, called, config, machine) for x in encoders}
     remove(folder / "predictions.json")  # of another file
     with whole(folder / "predictions.tsv") as unfinished:
         table = tables["student"].set_axis(rows)
         table.to_csv(unfinished, sep="\t", index_label="index", float_format="%.4f")
     print(f"answers  {folder / 'predictions.tsv'}")
-    found, keys = (
-        {"file": path, "n": len(rows)},
-        {"student": "metrics", "teacher": "teacher_metrics"},
-    )
+    found = {"file": path, "n": len(rows)}
     if is_labelled:
         for role, table in tables.items():
             answers = number_labels(path, table["prediction"], classes)
-            found[keys[role]] = {x: measure(x, answers, labels) for x in data.metrics}
-            print(f"{role}  {in_words(found[keys[role]])}")
+            metrics = measure(config.task, answers, labels)
+            found["metrics" if role == "student" else "teacher_metrics"] = metrics
+            print(f"{role}  {in_words(metrics)}")
         with whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(found, indent=1))
     return found
@@ -1671,7 +1657,7 @@ def read_label_map(text, names) -> list:
         return names
     pairs = [pair.partition("=")[::2] for pair in text.split(",")]
     if sorted(x for x, _ in pairs) != sorted(names) or not all(label for _, label in pairs):
-        raise UserError(f"--label-map: ANSWER=LABEL, once for each answer: {names or 'none'}")
+        raise UserError(f"--label-map: ANSWER=LABEL,.. for each of {names or 'none'}")
     return [dict(pairs)[name] for name in names]
 
 
@@ -1693,8 +1679,9 @@ def run(config) -> dict:
     folder = Path(config.output_dir, config.task, config.run_name)
     if config.overwrite or not (folder / "results.json").exists():
         distil(config, folder)
-    results = read_json(folder / "results.json")
-    check_settings(f"{folder} holds", config.settings, results.get("config"), "; --overwrite it?")
+    results = read_results(folder)
+    advice = "; another --output-dir (own files: --task NAME), or --overwrite it"
+    check_settings(f"{folder} holds", config.settings, results["config"], advice)
     if os.environ.get("RANK", "0") == "0":
         clear(folder)
     metric, score, floor = results["metric"], results["best_score"], results["floor"]
@@ -1721,18 +1708,20 @@ def distil(config, folder):
     prepare_libraries(config)
     keep_memory()
     machine = Machine(config)
-    if config.task == "toy":  # models where `parse` expects them
-        toy, owner = Path(config.output_dir, "toy"), f"-{config.run_name}-{machine.rank}"
+    if config.task == "toy" and machine.rank == 0:  # models where `parse` expects them
+        toy, owner = Path(config.output_dir, "toy"), f"-{config.run_name}"
         toy_model(toy / "teacher", 4, 96, owner)
         toy_model(toy / "student", 3, 16, owner)
+    machine.agree()
     data = load_data(config)
     torch.manual_seed(config.seed)  # draws the student's head
-    student = Encoder("student", config.student, data, machine)
+    student = Encoder("student", config.student, data.names, machine)
     if config.uses("mix") and "inputs_embeds" not in student.inputs:
         raise UserError(f"{config.student} takes no inputs_embeds, which mix-up needs")
     results, outputs, ild = consult_teacher(student, data, config, machine, folder / "teacher")
     device = f"{machine.device}, {machine.dtype}"
-    print(f"student  {student.title}; {len(data.labels['train'])} training examples")
+    examples = f"{len(data.labels['train'])} training examples, {' and '.join(data.columns)}"
+    print(f"student  {student.title}; {examples}")
     print(f"method   {config.run_name}; {device}", flush=True)
     if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
         clear(folder, "results.json", "predictions.*", "submission")
@@ -1774,7 +1763,7 @@ def train_stages(student, data, config, machine, folder, outputs=(), ild=None, k
         history = train(objective, training_set, evaluate, flags, machine, path, history, keep)
         if i < len(config.stages) and stage.then == "best":
             machine.agree()  # the first process has saved it
-            best = Encoder("student", str(path / "model"), data, machine)
+            best = Encoder("student", str(path / "model"), data.names, machine)
             student.model.load_state_dict(best.model.state_dict())
     best = max(history, key=lambda row: (row["stage"], row["score"]))  # of the last stage
     scores = {"metric": next(iter(best["metrics"])), "best_score": best["score"]}
