@@ -577,7 +577,7 @@ class Config:
     teacher_labels: str = flag(TEACHER, None, "its labels in its own order, A,B,..; ours")
     teacher_cache: str = flag(TEACHER, None, "for its outputs; ours: OUTPUT_DIR/teacher-cache")
     output_dir: str = flag(OUTPUT, "runs", "results go to DIR/TASK/METHOD-seedN; ours")
-    overwrite: bool = flag(OUTPUT, False, "anew where there are results; ours", action="store_true")
+    overwrite: bool = flag(OUTPUT, False, "a finished run anew; ours", action="store_true")
     report: str = flag(OUTPUT, None, "the table of the finished runs in this folder; ours")
     predict: str = flag(PREDICT, None, "a finished run's folder; answers GLUE's test split; ours")
     test_file: str = flag(PREDICT, None, "answers this instead, label not needed; ours")
