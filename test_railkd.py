@@ -846,7 +846,7 @@ LABELS = [  # file, its labels, the classes in order; None: a regression
     (".csv", ["true", "false"], ["false", "true"]),
     (".csv", ["1e3", "x"], ["1e3", "x"]),
     (".csv", ["NA", "None", "nan"], ["NA", "None", "nan"]),
-    (".jsonl", ["very good", "déjà vu ✓", "07", "null"], ["07", "déjà vu ✓", "null", "very good"]),
+    (".jsonl", ["so so", "déjà vu ✓", "07", "null"], ["07", "déjà vu ✓", "null", "so so"]),
     (".csv", [1.5, 2.0, 0.5], None),
     (".jsonl", [1.5, 2.25], None),
 ]
