@@ -21,6 +21,7 @@ import csv
 import ctypes
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -1313,8 +1314,10 @@ def save_epoch(folder, student, wanted, log, checkpoint):
                 student.tokenizer.save_pretrained(unfinished)
     with whole(folder / "log.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in log))
-    with whole(folder / "checkpoint.pt") as unfinished, open(unfinished, "wb") as file:
-        torch.save(checkpoint, file)
+    buffer = io.BytesIO()  # straight to a file torch.save aborts, where Ctrl-C meets its end
+    torch.save(checkpoint, buffer)
+    with whole(folder / "checkpoint.pt") as unfinished:
+        unfinished.write_bytes(buffer.getbuffer())
 
 
 def train_epoch(net, loader, parts, machine, epoch):
@@ -1812,8 +1815,7 @@ def explain(error):
         return code, "stopped; the same command goes on after the last whole epoch"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
-    # a full disk is a RuntimeError to torch, and an error of its own to safetensors
-    if isinstance(error, OSError) or re.search("os error|inline_container", str(error)):
+    if isinstance(error, OSError) or "os error" in str(error):  # safetensors has one of its own
         reason = next((link for link in chain if isinstance(link, OSError)), error)
         return 1, f"error: reading or writing failed: {reason}"
     raise error

@@ -88,10 +88,10 @@ def command(tmp_path, models, *more):
     return [*files, *models, *short, *more]
 
 
-def python(*args, cwd=HERE, **environment):
+def python(*args, cwd=HERE, timeout=150, **environment):
     """A process of its own; a hang is a failure."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    options = {"capture_output": True, "text": True, "timeout": 150}
+    options = {"capture_output": True, "text": True, "timeout": timeout}
     return subprocess.run([sys.executable, *args], cwd=cwd, env=clean | environment, **options)
 
 
@@ -792,15 +792,14 @@ FILES = [  # name, train, dev, what the line says
     ("new label.csv", GOOD, HEAD + "a,great\n", "validation", "'great'"),
     ("in dev alone.csv", HEAD + "a,good\nb,fine\n", GOOD, "validation", "'bad'"),
     ("number 2.csv", HEAD + "a,0\nb,1\n", HEAD + "a,2\n", "known labels are ['0', '1']", "'2'"),
-    ("half.csv", HEAD + "a,0\nb,1\n", HEAD + "a,0.5\nb,1\n", "validation", "'0.5'"),
     ("words for numbers.csv", NUMBERS, GOOD, "validation", "'good'", "known labels are numbers"),
     ("no number.csv", HEAD + "a,0.5\nb,\nc,1.5\n", NUMBERS, "train: known labels", "not: ''"),
     ("infinite.csv", HEAD + "a,0.5\nb,inf\nc,1.5\n", NUMBERS, "'inf'", "numbers"),
-    ("too large.csv", HEAD + "a,0.5\nb,1e40\nc,1.5\n", NUMBERS, "train: known labels are numbers"),
     ("nan.jsonl", '{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}\n', NUMBERS, "'nan'"),
 ]
 
 
+@pytest.mark.usefixtures("beside")  # starts what runs beside the tests early
 @pytest.mark.parametrize("row", FILES, ids=[row[0] for row in FILES])
 def test_mistakes_in_files(tmp_path, models, capsys, row):
     """Catches columns that shift, labels that are made up, a line that does not name the file."""
@@ -841,7 +840,6 @@ LABELS = [  # file, its labels, the classes in order; None: a regression
     (".json", ["yes", "no"], ["no", "yes"]),
     (".parquet", [5, 3], ["3", "5"]),
     (".csv", [10, 2, 1], ["1", "2", "10"]),
-    (".jsonl", ["10", "2"], ["2", "10"]),
     (".csv", ["01", "02", "+1"], ["01", "02", "+1"]),
     (".csv", ["true", "false"], ["false", "true"]),
     (".csv", ["1e3", "x"], ["1e3", "x"]),
@@ -1203,9 +1201,8 @@ def test_submission_is_what_the_model_says(tmp_path, models, capsys, row):
     for split, file in zip(tests, files, strict=True):
         logits = asked(run / "model", PREMISES, [split] * 50)
         head, *rows = table_of(run / "submission" / file)
-        assert head == ["index", "prediction"] and [row[0] for row in rows] == [
-            *map(str, range(50))
-        ]
+        assert head == ["index", "prediction"]
+        assert [row[0] for row in rows] == [str(i) for i in range(50)]
         said = [row[1] for row in rows]
         if names:
             assert said == [(words or names)[i] for i in logits.argmax(1)]
@@ -1340,17 +1337,18 @@ RANKS = """if 1:
 SCRIPT = "import os, sys; os.execvp('bash', ['bash', *sys.argv[1:]])"
 # seed -> method and size of the largest file: less than a model, a checkpoint, a teacher's cache
 FULL = {"1": ("none", 3000), "2": ("none", 80_000), "3": ("rail-c", 3000)}
-# which signal, and what the line of the second epoch begins with: of the teacher, the student
-SIGNALS = "SIGKILL-loss SIGKILL-layers_t SIGTERM-layers_t SIGINT-layers_t".split()
 KEYS = """task method seed metric best_score best_epoch last_score teacher_score teacher_metrics
     teacher labels columns floor params_s params_t collapsed model config versions device
     history"""
 ROW = "epoch stage layers_t loss ce kd ild mix cosine_s seconds examples_per_s metrics score"
-PAIRS = """rail-c/random/contrastive rail-l/last/ pkd-skip//concat kd/final/layerwise
-    codir/all/group rail-c/random/attention"""
-# method, what is called, the how many-th time: the teacher makes 8 steps, 2 checkpoints, 1 model
-KILLS = """rail-c/step/6 rail-c/step/18 rail-c/save/5 rail-c/save_pretrained/2 codir/step/23
-    cr-ild/step/14 cr-ild/save/5 cr-ild/__init__/3
+CASES = [*R.METHODS, "rail-l --select=last", "pkd-skip --distance=concat"]
+CASES += [f"rail-c --select=random --distance={name}" for name in ("contrastive", "attention")]
+CASES += ["kd --select=final --distance=layerwise", "codir --select=all --distance=group"]
+# method, a signal, and what the line of the second epoch begins with, of the teacher, the student;
+# or what is called, the how many-th time: the teacher makes 8 steps, 2 checkpoints, 1 model
+STOPS = """rail-c/SIGKILL/loss rail-c/SIGKILL/layers_t rail-c/SIGTERM/layers_t
+    rail-c/SIGINT/layers_t rail-c/step/6 rail-c/step/18 rail-c/write_bytes/5 rail-c/__exit__/5
+    rail-c/save_pretrained/2 codir/step/23 cr-ild/step/14 cr-ild/write_bytes/5 cr-ild/__init__/3
     pro-kd/step/16 pro-kd/step/22 pro-kd/__init__/3"""
 TEXTS, GOLD = rows_of(120)["text"], torch.tensor(rows_of(120, (0, 1))["label"])
 ARRAYS = ("pooled.npy", "logits.npy")
@@ -1368,10 +1366,6 @@ if args[0] == "--task":
     folder.mkdir(parents=True, exist_ok=True)
     sys.exit("kd" in args and "2" in args)
 """
-
-
-class Killed(BaseException):
-    """As good as SIGKILL: nobody catches it."""
 
 
 def weights_of(model):
@@ -1453,17 +1447,21 @@ def script_scores(patch, scores):
     patch.setattr("sklearn.metrics.accuracy_score", accuracy)
 
 
-def die_at(patch, owner, name, number):
-    """Killed at the number-th call. -> what it was writing, which SIGKILL would have left half."""
-    writing = []
+def die_at(name, number):
+    """SIGKILL at the number-th call, half of what it writes is there; Ctrl-C where torch saves."""
+    owners = {"write_bytes": Path, "save_pretrained": hf.PreTrainedTokenizerBase}
+    owners["__exit__"] = torch.serialization._open_zipfile_writer_buffer
 
     def die(*args):
-        if count[0] == number - 1:
-            writing.extend(args[1:2])
-            raise Killed
+        if count[0] != number - 1:
+            return
+        if name == "__exit__":
+            raise KeyboardInterrupt
+        if name == "write_bytes":
+            args[0].write_text("half a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    count = count_calls(patch, die, owner, name)
-    return writing
+    count = count_calls(pytest.MonkeyPatch(), die, owners.get(name, torch.optim.AdamW), name)
 
 
 def answers(folder, texts, **cut):
@@ -1502,32 +1500,49 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LOADED.split())
 
 
-def child(args, output, limit):
-    """The file as a program; no file may grow beyond the limit."""
+def child(commands, output, limit, how, when):
+    """The file as a program; no file may grow beyond the limit, and it may die at a call."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if when.isdigit():
+        die_at(how, int(when))
     torch.set_num_threads(1)
-    sys.argv = ["railkd.py", *args]
-    runpy.run_path(str(HERE / "railkd.py"), run_name="__main__")
+    for args in commands:
+        sys.argv = ["railkd.py", *args]
+        runpy.run_path(str(HERE / "railkd.py"), run_name="__main__")
 
 
-def process(args, output, limit=None, line="", number=0):
+def process(commands, output, limit=None, stop="//"):
     """-> exit code and stderr. The signal comes at a random moment after a line of its output."""
     Path(f"{output}.out").touch()
-    running = SERVER.Process(target=child, args=(args, str(output), limit))
+    _, how, when = stop.split("/")
+    running = SERVER.Process(target=child, args=(commands, str(output), limit, how, when))
     running.start()
-    while line not in Path(f"{output}.out").read_text():
-        assert running.is_alive(), f"it never came to {line}"
-        time.sleep(0.005)
-    if number:
+    if how in vars(signal):
+        while f"epoch 2  {when}" not in Path(f"{output}.out").read_text():
+            assert running.is_alive(), f"it never came to {when}"
+            time.sleep(0.005)
         time.sleep(random.random() / 20)
-        os.kill(running.pid, number)
+        os.kill(running.pid, getattr(signal, how))
     running.join(100)
     assert not running.is_alive(), "it hangs"
     return running.exitcode, Path(f"{output}.err").read_text()
+
+
+def flags_of(stop):
+    method, _, when = stop.split("/")
+    short = f"--method={method} --epochs=4 --lr=0.003 --teacher-lr=0.003 --teacher-epochs=2"
+    return short.split() if when.isdigit() else LONG
+
+
+def stopped(folder, models, stop):
+    """-> what `process` says of a run that is stopped, what it leaves, what the next try says."""
+    again = [command(folder, models, *flags_of(stop))]
+    first = process(again, folder / "first", stop=stop)
+    return first, [path.name for path in folder.rglob("*")], process(again, folder / "again")
 
 
 def hub_cache(folder):
@@ -1542,7 +1557,7 @@ def hub_cache(folder):
 
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory, models, calm):
-    """Whole commands that run beside the tests, from the first request on. -> folder, results."""
+    """Whole commands that run beside the tests, from the first request on -> folder, results."""
     folder = tmp_path_factory.mktemp("beside")
     hub_cache(folder / "hub")
     (folder / "ranks.py").write_text(RANKS)
@@ -1558,55 +1573,23 @@ def beside(tmp_path_factory, models, calm):
     hub = {"cwd": folder / "hub", "HF_HOME": str(folder / "hub" / "hf"), "HF_HUB_OFFLINE": "1"}
     with ThreadPoolExecutor(2) as pool:
         jobs = {}
-        for name in SIGNALS:
-            number, word = name.split("-")
-            args = command(folder / name, models, *LONG), folder / name / "process"
-            more = {"line": f"epoch 2  {word}", "number": getattr(signal, number)}
-            jobs[name] = pool.submit(process, *args, **more)
+        for stop in STOPS.split():
+            jobs[stop] = pool.submit(stopped, folder / stop.replace("/", "-"), models, stop)
+        flags = [["--epochs=4", "--method", *case.split()] for case in CASES]
+        cases = [command(folder, models, *more) for more in flags]
+        jobs["cases"] = pool.submit(process, cases, folder / "cases")
         for seed in ("1", "2"):
             args = command(folder / "two", models, "--seed", seed)
-            jobs["two", seed] = pool.submit(process, args, folder / f"two{seed}")
+            jobs["two", seed] = pool.submit(process, [args], folder / f"two{seed}")
         for seed, (method, limit) in FULL.items():
             args = command(folder / "full", calm, "--method", method, "--seed", seed)
-            jobs["full", seed] = pool.submit(process, args, folder / f"full{seed}", limit)
+            jobs["full", seed] = pool.submit(process, [args], folder / f"full{seed}", limit)
         jobs["ranks"] = pool.submit(python, *torchrun)
+        dead = {"HF_HOME": str(folder / "dead"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+        jobs["no hub"] = pool.submit(python, file, "--task=sst2", cwd=folder, timeout=60, **dead)
         jobs["hub"] = pool.submit(python, file, "--task=sst2", "--data-root=data", *quick, **hub)
         jobs["glue"] = pool.submit(python, *toy, "--max-train-examples=60", **wanted)
         yield folder, jobs, before
-
-
-@pytest.mark.parametrize("case", [*R.METHODS, *PAIRS.split()])
-def test_every_method_runs(models, case, beside):
-    """Catches a missing key, a term without its weight, another draw, a file that is left over; a
-    --select or --distance that does not arrive."""
-    method, select, distance = f"{case}//".split("/")[:3]
-    more = ["--select", select] * bool(select) + ["--distance", distance] * bool(distance)
-    results = R.main(command(beside[0], models, "--method", method, "--epochs", "4", *more))
-    folder, row = Path(results["model"]).parent, R.METHODS[method]
-    name = "-".join(part for part in (method, select, distance, "seed42") if part)
-    assert folder == beside[0] / "runs" / "own" / name
-    assert sorted(x.name for x in folder.iterdir()) == ["log.jsonl", "model", "results.json"]
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert log == results["history"] and {*KEYS.split()} == {*results}
-    assert (results["teacher_score"] is None) == (method == "none")
-    halves = [1, 1, 2, 2] if len(row.stages) == 2 else [1, 1, 1, 1]
-    assert [(x["epoch"], x["stage"]) for x in log] == [*enumerate(halves, 1)]
-    for x in log:
-        stage, layers, select = row.stages[x["stage"] - 1], None, select or row.select
-        weights = {name: getattr(stage, name) for name in ("ce", "kd", "ild", "mix")}
-        if case == "kd/final/layerwise":  # a distance makes it a method of three terms
-            weights = {"ce": 1 / 3, "kd": 1 / 3, "ild": 1 / 3, "mix": 0}
-        used = [name for name in weights if weights[name] or name == "ce"]
-        assert {*ROW.split()} == {*x} and used == [name for name in weights if x[name] is not None]
-        total = sum(weights[name] * x[name] for name in used)
-        assert x["loss"] == pytest.approx(total, rel=1e-4, abs=1e-6)
-        if weights["ild"]:
-            slots = 1 if select == "final" else 2
-            layers = R.select_layers(select, 4, slots, 42, x["epoch"])
-        assert x["layers_t"] == layers
-    best = max((x for x in log if x["stage"] == halves[-1]), key=lambda x: x["score"])
-    assert (results["best_epoch"], results["best_score"]) == (best["epoch"], best["score"])
 
 
 def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
@@ -1632,54 +1615,6 @@ def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
     assert answer[0]["label"] in ("bad", "good")
 
 
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory, models):
-    """-> a function: the bits of an undisturbed run with those flags, made once."""
-
-    @functools.cache
-    def whole_run(*flags):
-        return bits(R.main(command(tmp_path_factory.mktemp("whole"), models, *flags)))
-
-    return whole_run
-
-
-@pytest.mark.parametrize("kill", KILLS.split())
-def test_killed_and_started_again_gives_the_same_bits(tmp_path, models, whole_runs, kill, capsys):
-    """Catches a memory bank, a schedule, a best score, a stage that is lost; half a file."""
-    method, name, number = kill.split("/")
-    owner = {"save": torch, "save_pretrained": hf.PreTrainedTokenizerBase}
-    flags = f"--method={method} --epochs=4 --lr=0.003 --teacher-lr=0.003 --teacher-epochs=2".split()
-    whole, args = whole_runs(*flags), command(tmp_path, models, *flags)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        writing = die_at(patch, owner.get(name, torch.optim.AdamW), name, int(number))
-        R.main(args)
-    if name == "save":
-        Path(writing[0].name).write_bytes(b"half a checkpoint")
-    if name == "save_pretrained":
-        writing[0].mkdir()
-        (writing[0] / "model.safetensors").write_bytes(b"half a model")
-    assert not [*tmp_path.rglob("results.json")]
-    torch.manual_seed(99)  # another process has another random state
-    capsys.readouterr()
-    assert bits(R.main(args)) == whole and not leftovers(tmp_path)
-    resumed = "resumed after epoch" in capsys.readouterr().out
-    assert resumed == (name != "save_pretrained")  # the student's first epoch was not over
-
-
-@pytest.mark.parametrize("name", SIGNALS)
-def test_a_process_stopped_by_a_signal_goes_on(beside, models, whole_runs, name, capsys):
-    """Catches a signal that some library swallows, a traceback, a state that is half written."""
-    (code, error), folder = beside[1][name].result(), beside[0] / name
-    assert code == {"SIGTERM-layers_t": 143, "SIGINT-layers_t": 130}.get(name, -9)
-    assert not [*folder.rglob("results.json")]
-    if code > 0:
-        assert error.startswith("railkd.py: stopped") and error.count("\n") == 1
-        assert not [*folder.rglob("*.partial")]
-    results = R.main(command(folder, models, *LONG))
-    assert bits(results) == whole_runs(*LONG) and not leftovers(folder)
-    assert "resumed after epoch" in capsys.readouterr().out
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, capsys):
     """Catches hours of NaN, a best model that is lost, a message without its place and terms."""
     original, count = F.cross_entropy, [0]
@@ -1701,8 +1636,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, 
 def test_a_foreign_checkpoint_is_refused(tmp_path, models, capsys):
     """Catches a run that goes on from other settings, other data or half a file."""
     args = command(tmp_path, models)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, torch.optim.AdamW, "step", 4 + 6)
+
+    def die(*unused):
+        if count[0] == 4 + 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        count = count_calls(patch, die)
         R.main(args)
     path = next(tmp_path.rglob("checkpoint.pt"))
     good = path.read_bytes()
@@ -1893,6 +1833,68 @@ def test_what_the_cache_depends_on(tmp_path, calm):
     for i, flag in enumerate([*new.split(), *known.split()], 1):
         R.main(command(tmp_path, calm, "--epochs", "1", "--overwrite", flag))
         assert len([*tmp_path.rglob("pooled.npy")]) == min(i, len(new.split())), flag
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory, models):
+    """-> a function: the bits of an undisturbed run with those flags, made once."""
+
+    @functools.cache
+    def whole_run(*flags):
+        return bits(R.main(command(tmp_path_factory.mktemp("whole"), models, *flags)))
+
+    return whole_run
+
+
+@pytest.mark.parametrize("stop", STOPS.split())
+def test_stopped_and_started_again_gives_the_same_bits(beside, whole_runs, stop):
+    """Catches a memory bank, a schedule, a best score, a stage that is lost; half a file; a signal
+    that some library swallows, a traceback, an abort."""
+    (code, error), left, again = beside[1][stop].result()
+    how = stop.split("/")[1]
+    assert code == {"SIGTERM": 143, "SIGINT": 130, "__exit__": 130}.get(how, -9), error
+    assert "results.json" not in left and again == (0, "")
+    if code > 0:
+        assert error.startswith("railkd.py: stopped") and error.count("\n") == 1
+        assert not [name for name in left if name.endswith(".partial")]
+    folder = beside[0] / stop.replace("/", "-")
+    results = json.loads(next(folder.rglob("results.json")).read_text())
+    assert bits(results) == whole_runs(*flags_of(stop)) and not leftovers(folder)
+    resumed = "resumed after epoch" in (folder / "again.out").read_text()
+    assert resumed == (how != "save_pretrained")  # the student's first epoch was not over
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_runs(case, beside):
+    """Catches a missing key, a term without its weight, another draw, a file that is left over; a
+    --select or --distance that does not arrive."""
+    assert beside[1]["cases"].result() == (0, "")
+    name = re.sub(" --[a-z]+=", "-", case) + "-seed42"
+    folder, row = beside[0] / "runs" / "own" / name, R.METHODS[case.split()[0]]
+    assert sorted(x.name for x in folder.iterdir()) == ["log.jsonl", "model", "results.json"]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["model"] == str(folder / "model")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log == results["history"] and {*KEYS.split()} == {*results}
+    assert (results["teacher_score"] is None) == (case == "none")
+    halves = [1, 1, 2, 2] if len(row.stages) == 2 else [1, 1, 1, 1]
+    assert [(x["epoch"], x["stage"]) for x in log] == [*enumerate(halves, 1)]
+    for x in log:
+        stage, layers = row.stages[x["stage"] - 1], None
+        weights = {name: getattr(stage, name) for name in ("ce", "kd", "ild", "mix")}
+        if "kd --select" in case:  # a distance makes it a method of three terms
+            weights = {"ce": 1 / 3, "kd": 1 / 3, "ild": 1 / 3, "mix": 0}
+        used = [name for name in weights if weights[name] or name == "ce"]
+        assert {*ROW.split()} == {*x} and used == [name for name in weights if x[name] is not None]
+        total = sum(weights[name] * x[name] for name in used)
+        assert x["loss"] == pytest.approx(total, rel=1e-4, abs=1e-6)
+        if weights["ild"]:
+            select = results["config"]["select"] or row.select
+            slots = 1 if select == "final" else 2
+            layers = R.select_layers(select, 4, slots, 42, x["epoch"])
+        assert x["layers_t"] == layers
+    best = max((x for x in log if x["stage"] == halves[-1]), key=lambda x: x["score"])
+    assert (results["best_epoch"], results["best_score"]) == (best["epoch"], best["score"])
 
 
 def test_two_runs_at_once_do_no_harm(beside):
@@ -2179,13 +2181,11 @@ def test_torch_alone_is_enough(tmp_path, copied):
     assert done.stdout == "True\n" and not done.stderr, done.stderr
 
 
-def test_no_hub_is_one_line(tmp_path):
+def test_no_hub_is_one_line(beside):
     """Catches minutes of retries, or a traceback, where the hub cannot be reached."""
-    dead = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    began = time.monotonic()
-    done = python(str(HERE / "railkd.py"), "--task", "sst2", cwd=tmp_path, **dead)
+    done = beside[1]["no hub"].result()
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "--task toy" in done.stderr and time.monotonic() - began < 60
+    assert "--task toy" in done.stderr
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the GLUE clones in ../shared/hub")
