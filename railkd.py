@@ -12,7 +12,7 @@ random, sorted, in every epoch: `sample_layers`, `LayerwiseDistance` (Eq. 2), `C
 
 Measured (CoLA, 5 epochs, MPNet-12 -> MiniLM-6, dev Matthews of the last epoch, n = 5 seeds, a CPU):
 no teacher 28.8 +- 2.9, logits alone 30.1 +- 0.9, rail-l 34.7 +- 0.8, rail-c 33.8 +- 0.3; to the
-letter of the paper, without our start, 0.0 +- 0.0 and 26.2 +- 5.5 (n = 3). More in README.md.
+letter, both maps random and trained, 0.0 +- 0.0 and 26.2 +- 5.5 (n = 3). More in README.md.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def project(maps, vectors):
 
 def fit_ridge(linear: nn.Linear, x: Tensor, y: Tensor, penalty: float = 0.1) -> None:
     """Set a map to the ridge solution from x (N, d) to y (N, u), computed in 64 bits. The penalty
-    is relative to the mean square of the features: their scale does not matter."""
+    is relative to the variance of the features: their scale does not matter."""
     x, y = x.cpu().double(), y.cpu().double()
     centre = 0.0 if linear.bias is None else 1.0  # without a bias nothing could undo a centring
     mean_x, mean_y = centre * x.mean(0), centre * y.mean(0)
@@ -110,9 +110,10 @@ class Distance(nn.Module):
     distance(pooled_s (B, m, d_s), pooled_t (B, k, d_t)) -> scalar, in 32 bits.
     proj_dim: width u that proj_s and proj_t lead to. None: proj_t is None, and proj_s leads to the
         teacher's width, or is None where that is the student's own.
-    teacher_proj: "frozen" as drawn, or "trained" (the letter of the paper, which collapses).
-    start: "ridge", `fit` sets proj_s by least squares, or "random" (the letter of the paper).
-    alpha: weights of the terms. ValueError: bad options, shapes. RuntimeError: no `fit` yet."""
+    teacher_proj: "frozen" as drawn, or "trained" (the letter of the paper).
+    start: "ridge", `fit` sets proj_s by least squares, or "random" (the letter, which collapses).
+    alpha: weights of the terms; attention and contrastive have but one, and ignore it.
+    ValueError: bad options, shapes. RuntimeError: no `fit` yet."""
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ def kd_loss(logits_s: Tensor, logits_t: Tensor, temperature: float, max_temperat
         raise ValueError(f"need (B, C), T > 0: {logits_s.shape}, {logits_t.shape}, {temperature}")
     logits_s, logits_t = logits_s.float(), logits_t.detach().float()
     if max_temperature:
-        phi = 1 - (temperature - 1) / max_temperature  # from near 0 to 1 as the temperature falls
+        phi = 1 - (temperature - 1) / max_temperature  # up to 1 as the temperature falls
         return F.mse_loss(logits_s, phi * logits_t)
     if logits_s.shape[1] == 1:
         return F.mse_loss(logits_s, logits_t)
@@ -342,7 +343,7 @@ def select_layers(name: str, num_layers: int, k: int, seed: int = 0, epoch: int 
 
 
 class DirectDistance(LayerwiseDistance):
-    """PKD (Sun et al., 2019): Eq. 2 without maps; where d_s != d_t each slot is mapped up to d_t.
+    """PKD (Sun et al., 2019): Eq. 2 without maps; where d_s != d_t each slot is mapped to d_t.
     The sum over the slots, where the authors' code takes the mean over the elements."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets=None, proj_dim=None, shared=False, **more):
@@ -382,9 +383,9 @@ class ContrastiveDistance(ConcatDistance):
     """CoDIR (Sun et al., 2020) as InfoNCE on the unit vectors of Eq. 3: the teacher's t has to find
     the student's s of its own example among num_negatives others, which a memory bank keeps:
     bank <- unit(momentum bank + (1 - momentum) s), num_examples rows, in training mode alone.
-    Negatives, drawn by torch's global generator: rows of another known label, or all other rows
-    where none is known or labels are float or None. Takes index (B,), the numbers of the rows (else
-    ValueError), and labels (B,)."""
+    Negatives, drawn by torch's global generator: rows met so far of another label, or all other
+    rows where there is none or labels are float or None. Takes index (B,), the numbers of the
+    rows (else ValueError), and labels (B,)."""
 
     def __init__(
         self,
@@ -1255,7 +1256,7 @@ class Objective(nn.Module):
             self.layers_t = self.ild.layers_t
 
     def forward(self, batch):
-        """A batch of TrainingSet -> the loss and, detached, its terms, means over the batch."""
+        """A batch of TrainingSet -> the loss and, detached, its terms, unweighted."""
         logits_s, hidden_s, mask_s = self.student.run(batch, self.machine)
         labels = batch["gold"]
         fit = F.mse_loss if labels.is_floating_point() else F.cross_entropy
