@@ -622,7 +622,12 @@ class Config:
         """What results depend on."""
         elsewhere = ["overwrite", "report", "device", "output_dir", "teacher_cache"]
         elsewhere += [entry.name for entry in fields(self) if entry.metadata["group"] == PREDICT]
-        return {x: y for x, y in asdict(self).items() if x not in elsewhere} | {"format": FORMAT}
+        settings = {x: y for x, y in asdict(self).items() if x not in elsewhere}
+        if self.train_file:  # the same names may hold other data by now
+            files = [Path(name) for name in (self.train_file, self.validation_file)]
+            content = [path.read_bytes() for path in files if path.is_file()]
+            settings["files"] = [hashlib.sha256(x).hexdigest()[:12] for x in content]
+        return settings | {"format": FORMAT}
 
 
 def parse(argv=None) -> Config:
@@ -635,11 +640,8 @@ def parse(argv=None) -> Config:
         name, group = "--" + entry.name.replace("_", "-"), groups[entry.metadata["group"]]
         group.add_argument(name, default=entry.default, **entry.metadata["options"])
     known, _ = parser.parse_known_args(argv)
-    if known.predict:  # all as in that run, but no teacher
-        run, model = read_results(Path(known.predict)), str(Path(known.predict, "model"))
-        del run["config"]["format"]
-        parser.set_defaults(**run["config"] | {"student": model})
-        parser.set_defaults(teacher=None, teacher_labels=None)
+    if known.predict:
+        parser.set_defaults(**flags_of_run(known))
     elif known.task == "toy":  # a minute instead of hours, and models of its own
         teacher, student = (str(Path(known.output_dir, "toy", x)) for x in ("teacher", "student"))
         epochs = 8 * len(METHODS[known.method].stages)
@@ -652,6 +654,15 @@ def parse(argv=None) -> Config:
         check_task(config)
         check_method(config)
     return replace(config, keep_teacher_epochs=config.keep_teacher_epochs or config.uses("anneal"))
+
+
+def flags_of_run(known) -> dict:
+    """For --predict: all as in that run, but no teacher."""
+    config = read_results(Path(known.predict))["config"]
+    flags = {x: y for x, y in config.items() if x not in ("format", "files")}
+    if known.teacher != flags["teacher"]:  # its labels may have another order
+        flags["teacher_labels"] = None
+    return flags | {"student": str(Path(known.predict, "model")), "teacher": None}
 
 
 def check_prediction(config):
@@ -761,7 +772,7 @@ def prepare_libraries(config):
             hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
             urllib.request.urlopen(hub, timeout=5).close()
         except Exception as error:  # of many kinds; 404, for one, is an answer
-            if getattr(error, "code", 500) >= 500:
+            if getattr(error, "code", 500) >= 500 and "CERTIFICATE" not in str(error):
                 os.environ["HF_HUB_OFFLINE"] = "1"  # else they try again for minutes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else they warn of the loader's fork
     import datasets
@@ -989,7 +1000,7 @@ def read_columns(split, dataset, columns):
 def class_names(task, feature, labels):
     """A file's own, or numbers by size, then words; [] for floats: a regression."""
     found = {str(label) for label in labels} - {""}
-    numbers = sorted((name for name in found if name.isdecimal()), key=int)
+    numbers = sorted((x for x in found if x.isdecimal()), key=lambda x: (int(x), x))  # 1, 01
     names = [*numbers, *sorted(found.difference(numbers))]
     if any(isinstance(label, float) for label in labels):
         names = []
@@ -1702,7 +1713,8 @@ def run(config) -> dict:
 
 def clear(folder, *more):
     """What is of no use once a run is finished, or is to be overwritten."""
-    for pattern in ("checkpoint.pt", "stage-*", "teacher", "*.partial", *more):
+    names = "checkpoint.pt* model.partial log.jsonl.partial results.json.partial stage-* teacher"
+    for pattern in (*names.split(), *more):
         for path in folder.glob(pattern):
             remove(path)
 

@@ -2,7 +2,7 @@
 # Tasks x methods x seeds, then the table. Without variables: the paper's Table 2 (8 tasks, 5 seeds, 40 epochs).
 #   TASKS="cola rte" METHODS="kd rail-c" SEEDS="1 2 3" bash run_glue.sh --output-dir runs --epochs 5
 #   SEARCH=1 bash run_glue.sh          the paper's grid of learning rates and batch sizes, one folder for each pair
-# Finished runs are skipped, a failed one does not stop the rest. Further arguments go to railkd.py.
+# Finished runs are skipped, a failed one does not stop the rest, Ctrl-C does. Further arguments go to railkd.py.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 tasks=${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte}
@@ -26,18 +26,25 @@ failed=()
 for point in "${grid[@]}"; do
   folder=$root
   [ -n "$point" ] && folder=$root/$(set -- $point; echo "lr$2-batch$4")
-  [ "$point" = "${grid[0]}" ] && first=$folder
+  first=${first:-$folder}
   for task in $tasks; do for method in $methods; do for seed in $seeds; do
     name="$task $method seed $seed $point"
     echo "== $name"
-    teacher=()                                 # the grid shares the teacher that its first point has fine-tuned
-    if [ -n "$point" ] && [ "$point" != "${grid[0]}" ]; then
-      made=$(ls -dt "$first/$task"/teacher-*/model 2>/dev/null | head -1)
-      [ -n "$made" ] && teacher=(--teacher "$made")
-    fi
+    for made in "$first/$task"/teacher-*; do    # the grid shares what its first point has fine-tuned
+      shared=$folder/$task/${made##*/}
+      if [ -d "$made/model" ] && [ ! -e "$shared" ]; then
+        mkdir -p "$folder/$task" && ln -s "$(cd "$made" && pwd)" "$shared"
+      fi
+    done
     # a finished run prints its stored results and trains nothing; $point is two flags and their values, or nothing
-    python3 "$here/railkd.py" --task "$task" --method "$method" --seed "$seed" --output-dir "$folder" $point \
-      ${arguments[@]+"${arguments[@]}"} ${teacher[@]+"${teacher[@]}"} || failed+=("$name")
+    python3 "$here/railkd.py" --task "$task" --method "$method" --seed "$seed" --output-dir "$folder" \
+      --teacher-cache "$root/teacher-cache" $point ${arguments[@]+"${arguments[@]}"}
+    code=$?
+    case $code in
+      0) ;;
+      130 | 143) exit "$code" ;;               # Ctrl-C, SIGTERM: all stops
+      *) failed+=("$name") ;;
+    esac
   done; done; done
 done
 echo

@@ -733,7 +733,6 @@ OWN = [  # what is added to the command for own files
     ("--max-temperature 5", "--method pro-kd"),
     ("--teacher a,b", "--method pro-kd"),
     ("--method rail-l --select all", "2 slots need as many teacher layers, not 3"),
-    ("--method cr-ild --select all", "2 slots need as many teacher layers, not 3"),
     ("--method ckd --shared-proj", "one width"),
     ("--teacher {student} --student {teacher}", "cannot draw k = 3"),
     ("--student {teacher}", "one and the same model"),
@@ -772,7 +771,6 @@ FILES = [  # name, train, dev, what the line says
     ("header.csv", HEAD, GOOD, NEEDED, "train"),
     ("empty dev.csv", GOOD, HEAD, NEEDED, "validation"),
     ("other columns.csv", GOOD, "sentence,label\na,good\n", NEEDED, "'sentence'"),
-    ("text 1.jsonl", '{"text": 1, "label": "x"}\n{"text": 2, "label": "y"}\n', GOOD, "['int']"),
     ("null.jsonl", '{"text": null, "label": "x"}\n{"text": "b", "label": "y"}\n', GOOD, "NoneType"),
     ("list.jsonl", '{"text": "a", "label": ["x"]}\n{"text": "b", "label": ["y"]}\n', GOOD, "list"),
     ("nested.json", '{"data": [{"text": "a", "label": "x"}]}', GOOD, NEEDED, "'data'"),
@@ -783,7 +781,6 @@ FILES = [  # name, train, dev, what the line says
     ("cut off.parquet", "PAR1abcdef", GOOD, "cut off.parquet", "Parquet magic bytes"),
     ("latin.csv", HEAD + "caf\xe9,good\nx,bad\n", GOOD, "latin.csv", "utf-8"),
     ("open quote.csv", HEAD + '"a b,good\nc d,bad\n', GOOD, "open quote.csv"),
-    ("too many.csv", HEAD + "a b,good\nc d,bad,x\n", GOOD, "too many.csv"),
     ("good.csv", GOOD, HEAD + "a,good,x\n", "dev.csv"),
     ("too many in all.csv", HEAD + "a b,good,x\nc d,bad,y\n", GOOD, "too many in all.csv"),
     ("too few.csv", "label,text\ngood,a\nbad\ngood,c\n", GOOD, "too few.csv", "too few fields"),
@@ -791,7 +788,6 @@ FILES = [  # name, train, dev, what the line says
     ("no value.csv", HEAD + "a,\nb,good\nc,bad\n", GOOD, "train", "''"),
     ("new label.csv", GOOD, HEAD + "a,great\n", "validation", "'great'"),
     ("in dev alone.csv", HEAD + "a,good\nb,fine\n", GOOD, "validation", "'bad'"),
-    ("number 2.csv", HEAD + "a,0\nb,1\n", HEAD + "a,2\n", "known labels are ['0', '1']", "'2'"),
     ("words for numbers.csv", NUMBERS, GOOD, "validation", "'good'", "known labels are numbers"),
     ("no number.csv", HEAD + "a,0.5\nb,\nc,1.5\n", NUMBERS, "train: known labels", "not: ''"),
     ("infinite.csv", HEAD + "a,0.5\nb,inf\nc,1.5\n", NUMBERS, "'inf'", "numbers"),
@@ -817,7 +813,6 @@ ODD = {  # must work: name -> content; the labels are good and bad
     "a million characters.csv": f"label,text\ngood,{'word ' * 200_000}\nbad,x\n",
     "emoji.csv": "label,text\ngood,\U0001f600\U0001f600\nbad,\x01\x02\x07\u200b\n",
     "blank lines.csv": "text,label\n\na,good\n\nb,bad\n\n",
-    "windows.csv": "text,label\r\na,good\r\nb,bad\r\n",
     "a line's end in it.csv": 'text,label\n"a ""b"", c",good\n"x\ny",bad\n',
     "array.json": '[{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}]',
     "number.csv": "id,text,idx,label\n1,a,7,good\n2,b,8,bad\n",
@@ -837,11 +832,9 @@ def test_odd_files_work(tmp_path, models, name):
 LABELS = [  # file, its labels, the classes in order; None: a regression
     (".csv", ["schlecht, sehr", "gut"], ["gut", "schlecht, sehr"]),
     (".tsv", [0, 1], ["0", "1"]),
-    (".json", ["yes", "no"], ["no", "yes"]),
     (".parquet", [5, 3], ["3", "5"]),
     (".csv", [10, 2, 1], ["1", "2", "10"]),
-    (".csv", ["01", "02", "+1"], ["01", "02", "+1"]),
-    (".csv", ["true", "false"], ["false", "true"]),
+    (".csv", ["1", "02", "01", "+1", "2"], ["01", "1", "02", "2", "+1"]),
     (".csv", ["NA", "None", "nan"], ["NA", "None", "nan"]),
     (".jsonl", ["so so", "déjà vu ✓", "07", "null"], ["07", "déjà vu ✓", "null", "so so"]),
     (".csv", [1.5, 2.0, 0.5], None),
@@ -944,7 +937,6 @@ STRANGE = [  # task, its names, its numbers, what the line says; all but the las
     ("cola", None, [0.0, 0.5, 1.0], "labels numbers are not those of cola"),
     ("cola", "abc", [0, 1, 2], "labels ['a', 'b', 'c'] are not those of cola"),
     ("stsb", "abc", [0, 1, 2], "are not those of stsb"),
-    ("mnli", "ab", [0, 1, 0], "are not those of mnli"),
     ("mnli", "abc", [0, 1, 0], "known: ['a', 'b', 'c']"),
     ("sst2", "ab", [-1, -1, -1], "'-1'"),
     ("mnli", MNLI, [0, 1, 2], "mnli: no training or no validation data, only ['train']"),
@@ -1012,7 +1004,6 @@ KINDS, LOAD = ("vit", "bart", "t5", "gpt2"), "cannot load the teacher"
 BAD_MODELS = [  # what is wrong, the kind of model or the file, its content, what the line says
     *((f"of the kind {kind}", kind, "", LOAD) for kind in KINDS),
     ("config cut off", "config.json", '{"model_type": ', LOAD),
-    ("a config of nothing", "config.json", "[]", LOAD),
     ("an unknown kind", "config.json", '{"model_type": "mine"}', LOAD),
     ("code of its own", "config.json", json.dumps(OWN_CODE), LOAD),
     ("code in a pickle", "pytorch_model.bin", "cbuiltins\nopen\n(VRAN\nVw\ntR.", LOAD),
@@ -1246,7 +1237,8 @@ def test_predictions_of_a_file(tmp_path, models, capsys):
 def test_predictions_at_the_length_of_the_run(tmp_path, models, length):
     """Catches the default's length for the run's, the run's for one that is given, a teacher's
     answers in its own order, the student's scores for the teacher's."""
-    run, teacher = finished(tmp_path, models, more=["--max-length", "8"]), tmp_path / "teacher"
+    more, teacher = ["--max-length", "8", "--teacher-labels", "a,b,c"], tmp_path / "teacher"
+    run = finished(tmp_path, models, more=more)
     shutil.copytree(run / "model", teacher)
     head = load_file(teacher / "model.safetensors")
     for name in ("classifier.weight", "classifier.bias"):
@@ -1258,7 +1250,9 @@ def test_predictions_at_the_length_of_the_run(tmp_path, models, length):
     labels = [MNLI[answer] for answer in logits_s.argmax(1)]
     table = {"a": PREMISES, "label": labels, "b": PREMISES[::-1]}
     args = ["--predict", str(run), "--test-file", write_table(tmp_path / "a.csv", table)]
+    assert R.parse([*args, "--teacher", models[1]]).teacher_labels == "a,b,c"  # the run's own
     args += ["--max-length", str(length)] * (length != 8) + ["--teacher", str(teacher)]
+    assert R.parse(args).teacher_labels is None
     found = R.main([*args, "--teacher-labels", ",".join(MNLI[::-1]), "--device", "cpu"])
     assert found["metrics"] == {"accuracy": 1.0}
     right = (logits_t.argmax(1) == logits_s.argmax(1)).double().mean().item()
@@ -1272,7 +1266,6 @@ UNFIT = [  # what is added to the command, the file, what the line says
     ("--label-map entailment=entailment,neutral=y", PAIRED, "ANSWER=LABEL", "contradiction"),
     ("--label-map entailment=a,neutral=b,contradiction=c,x=d", PAIRED, "ANSWER=LABEL"),
     ("--label-map entailment=entailment,neutral=b,contradiction=", PAIRED, "ANSWER=LABEL"),
-    ("--label-map entailment=a,neutral=b,contradiction=c,neutral=a", PAIRED, "ANSWER=LABEL"),
     ("--label-map entailment=a,neutral=b,contradiction=c", PAIRED, "['a', 'b', 'c']"),
     ("--task rte", PAIRED, "is a run of mnli"),
     ("--teacher {teacher}", PAIRED, "has no head"),
@@ -1363,7 +1356,7 @@ with open("{calls}", "a") as file:
 if args[0] == "--task":
     folder = pathlib.Path(args[args.index("--output-dir") + 1], args[1], "teacher-x", "model")
     folder.mkdir(parents=True, exist_ok=True)
-    sys.exit("kd" in args and "2" in args)
+    sys.exit(130 if "stop" in args else "kd" in args and "2" in args)
 """
 
 
@@ -1613,6 +1606,8 @@ def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
     assert files_of(teacher) == before and not leftovers(tmp_path)
     answer = hf.pipeline("text-classification", model=again["model"])("the noun1 is word3")
     assert answer[0]["label"] in ("bad", "good")
+    write_table(tmp_path / "dev.csv", rows_of(49, seed=1))  # other data under the same name
+    refused([*args, "--lr", "0.001"], capsys, "holds a run with other files;", kept=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, capsys):
@@ -1652,7 +1647,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, models, capsys):
         refused(args, capsys, f"{path} is damaged: delete it")
     path.write_bytes(good)
     write_table(tmp_path / "dev.csv", rows_of(49, seed=1))
-    refused(args, capsys, f"{path} is of a run with other data")
+    refused(args, capsys, f"{path} is of a run with other files, data")
     assert len(R.main(command(tmp_path, models))["history"]) == 2
 
 
@@ -2055,7 +2050,7 @@ def test_first_commands(beside):
 
 def test_script_runs_the_whole_grid(tmp_path):
     """Catches a run that is left out, a failure that stops the rest or is not told, a grid that
-    tunes a teacher for each point."""
+    tunes a teacher for each point, one that goes on after Ctrl-C."""
     fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir()
     fake.write_text(FAKE.format(python=sys.executable, calls=tmp_path / "calls"))
@@ -2066,14 +2061,19 @@ def test_script_runs_the_whole_grid(tmp_path):
     expected, points = [], itertools.product(("1e-5", "2e-5", "5e-5", "4e-6"), (8, 16, 32))
     runs = [*itertools.product(("cola", "rte"), ("none", "kd"), "12")]
     for (lr, batch), (task, method, seed) in itertools.product(points, runs):
-        line = f"--task {task} --method {method} --seed {seed} --output-dir {tmp_path}/lr{lr}-batch"
-        line += f"{batch} --lr {lr} --batch-size {batch} --epochs=3"
-        if (lr, batch) != ("1e-5", 8):
-            line += f" --teacher {tmp_path}/lr1e-5-batch8/{task}/teacher-x/model"
-        expected.append(line)
+        folder = tmp_path / f"lr{lr}-batch{batch}"
+        line = (
+            f"--task {task} --method {method} --seed {seed} --output-dir {folder} --teacher-cache"
+        )
+        expected.append(
+            f"{line} {tmp_path}/teacher-cache --lr {lr} --batch-size {batch} --epochs=3"
+        )
+        assert (folder / task / "teacher-x").resolve().parts[-3] == "lr1e-5-batch8"
     assert (tmp_path / "calls").read_text().splitlines() == [*expected, f"--report {tmp_path}"]
     failures = [line for line in done.stderr.splitlines() if " kd seed 2" in line]
     assert done.returncode == 1 and len(failures) == len(expected) // 4
+    stopped = python("-c", SCRIPT, "run_glue.sh", **(wanted | {"TASKS": "stop rte"}))
+    assert stopped.returncode == 130 and stopped.stdout.count("== ") == 1
 
 
 # ----------------------------------------------------------------------- the command and its README
