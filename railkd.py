@@ -1317,19 +1317,28 @@ def load_checkpoint(path, facts, parts) -> list:
     return content["rows"]
 
 
-def save_epoch(folder, student, wanted, log, checkpoint):
-    """In this order: a run that is killed in between makes the epoch again, to the same bits."""
-    for name in wanted:
-        if wanted[name]:
-            with whole(folder / name) as unfinished:
-                student.model.save_pretrained(unfinished)
-                student.tokenizer.save_pretrained(unfinished)
+def save_checkpoint(folder, log, checkpoint):
+    """In this order: a run that is killed in between makes the epoch again."""
     with whole(folder / "log.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in log))
     buffer = io.BytesIO()  # straight to a file torch.save aborts, where Ctrl-C meets its end
     torch.save(checkpoint, buffer)
     with whole(folder / "checkpoint.pt") as unfinished:
         unfinished.write_bytes(buffer.getbuffer())
+
+
+def save_models(folder, student, rows, keep, machine):
+    """The last epoch's, if it is the best or all are kept. After its checkpoint, and first of all
+    in a run that goes on: it may have been killed in between."""
+    if not rows or machine.rank > 0:
+        return
+    best = max(rows, key=lambda row: row["score"])
+    wanted = {"model": best is rows[-1], f"epoch-{rows[-1]['epoch']:03}": keep}
+    for name in wanted:
+        if wanted[name]:
+            with whole(folder / name) as unfinished:
+                student.model.save_pretrained(unfinished)
+                student.tokenizer.save_pretrained(unfinished)
 
 
 def train_epoch(net, loader, parts, machine, epoch):
@@ -1383,6 +1392,7 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
     facts["processes"] = machine.num_processes
     facts["teacher's outputs"] = [path.name for path in training_set.outputs]
     rows = load_checkpoint(folder / "checkpoint.pt", facts, parts)
+    save_models(folder, objective.student, rows, keep, machine)
     for epoch in objective.epochs[len(rows) :]:
         best = max(rows, key=lambda row: row["score"], default={"score": -math.inf, "epoch": epoch})
         if epoch - best["epoch"] > config.patience:
@@ -1396,14 +1406,13 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
         row |= train_epoch(net, loader, parts, machine, epoch)
         row = machine.agree(row | evaluate() if machine.rank == 0 else None)
         rows.append(row)
-        better = row["score"] > best["score"]
         told = describe(row | row["metrics"], ("stage", "examples_per_s", "metrics", "score"))
-        print(told, "*" if better else "", flush=True)
+        print(told, "*" if row["score"] > best["score"] else "", flush=True)
         if machine.rank == 0:
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
             checkpoint |= {"facts": facts, "rows": rows}
-            wanted = {"model": better, f"epoch-{epoch:03}": keep}
-            save_epoch(folder, objective.student, wanted, [*earlier, *rows], checkpoint)
+            save_checkpoint(folder, [*earlier, *rows], checkpoint)
+        save_models(folder, objective.student, rows, keep, machine)
     return [*earlier, *rows]
 
 

@@ -1855,8 +1855,7 @@ def test_stopped_and_started_again_gives_the_same_bits(beside, whole_runs, stop)
     folder = beside[0] / stop.replace("/", "-")
     results = json.loads(next(folder.rglob("results.json")).read_text())
     assert bits(results) == whole_runs(*flags_of(stop)) and not leftovers(folder)
-    resumed = "resumed after epoch" in (folder / "again.out").read_text()
-    assert resumed == (how != "save_pretrained")  # the student's first epoch was not over
+    assert "resumed after epoch" in (folder / "again.out").read_text()
 
 
 @pytest.mark.parametrize("case", CASES)
