@@ -626,7 +626,7 @@ class Config:
         if self.train_file:  # the same names may hold other data by now
             files = [Path(name) for name in (self.train_file, self.validation_file)]
             content = [path.read_bytes() for path in files if path.is_file()]
-            settings["files"] = [hashlib.sha256(x).hexdigest()[:12] for x in content]
+            settings["file contents"] = [hashlib.sha256(x).hexdigest()[:12] for x in content]
         return settings | {"format": FORMAT}
 
 
@@ -659,7 +659,7 @@ def parse(argv=None) -> Config:
 def flags_of_run(known) -> dict:
     """For --predict: all as in that run, but no teacher."""
     config = read_results(Path(known.predict))["config"]
-    flags = {x: y for x, y in config.items() if x not in ("format", "files")}
+    flags = {x: y for x, y in config.items() if x not in ("format", "file contents")}
     if known.teacher != flags["teacher"]:  # its labels may have another order
         flags["teacher_labels"] = None
     return flags | {"student": str(Path(known.predict, "model")), "teacher": None}

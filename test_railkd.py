@@ -1607,7 +1607,7 @@ def test_results_come_back_and_the_model_answers(tmp_path, models, capsys):
     answer = hf.pipeline("text-classification", model=again["model"])("the noun1 is word3")
     assert answer[0]["label"] in ("bad", "good")
     write_table(tmp_path / "dev.csv", rows_of(49, seed=1))  # other data under the same name
-    refused([*args, "--lr", "0.001"], capsys, "holds a run with other files;", kept=tmp_path)
+    refused([*args, "--lr", "0.001"], capsys, "a run with other file contents;", kept=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, models, monkeypatch, capsys):
@@ -1647,7 +1647,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, models, capsys):
         refused(args, capsys, f"{path} is damaged: delete it")
     path.write_bytes(good)
     write_table(tmp_path / "dev.csv", rows_of(49, seed=1))
-    refused(args, capsys, f"{path} is of a run with other files, data")
+    refused(args, capsys, f"{path} is of a run with other file contents, data")
     assert len(R.main(command(tmp_path, models))["history"]) == 2
 
 
