@@ -85,9 +85,9 @@ def make_maps(widths, widths_out, shared, bias):
 
 def project(maps, vectors):
     """Each vector (B, d_i) through its own map, through the one for all, or as it is (None)."""
-    if not isinstance(maps, nn.ModuleList):
-        maps = [maps or nn.Identity()] * len(vectors)
-    return [linear(vector) for linear, vector in zip(maps, vectors, strict=True)]
+    if isinstance(maps, nn.ModuleList):
+        return [linear(vector) for linear, vector in zip(maps, vectors, strict=True)]
+    return maps(torch.stack(vectors)).unbind() if maps else vectors  # one call: a GPU waits for few
 
 
 def fit_ridge(linear: nn.Linear, x: Tensor, y: Tensor, penalty: float = 0.1) -> None:
@@ -200,12 +200,10 @@ class LayerwiseDistance(Distance):
 
     def compare(self, pooled_s, pooled_t, **unused):
         """L = sum_i alpha_i |t_i/|t_i| - s_i/|s_i||^2, mean over the batch."""
-        s = project(self.proj_s, pooled_s.unbind(1))  # s_i = W_s h_s,i: m of (B, u)
-        t = project(self.proj_t, pooled_t.unbind(1))  # t_i = W_t h_t,i: m of (B, u)
-        loss = 0.0
-        for alpha_i, s_i, t_i in zip(self.alpha, s, t, strict=True):
-            loss = loss + alpha_i * (unit(t_i) - unit(s_i)).square().sum(-1).mean()
-        return loss
+        s = torch.stack(project(self.proj_s, pooled_s.unbind(1)))  # s_i = W_s h_s,i: (m, B, u)
+        t = torch.stack(project(self.proj_t, pooled_t.unbind(1)))  # t_i = W_t h_t,i: (m, B, u)
+        distances = (unit(t) - unit(s)).square().sum(-1)  # |t_i/|t_i| - s_i/|s_i||^2: (m, B)
+        return (self.alpha * distances.mean(1)).sum()
 
 
 class ConcatDistance(Distance):
@@ -289,7 +287,9 @@ class IntermediateLoss(nn.Module):
             wanted = "[0] is the embedding output, [i] the output of block i"
             raise ValueError(f"{len(hidden_states)} hidden states, not {num_layers + 1}: {wanted}")
         mask = torch.ones_like(hidden_states[0][..., 0]) if mask is None else mask
-        return torch.stack([self.pool_tokens(hidden_states[i], mask) for i in layers], dim=1)
+        hidden = torch.stack([hidden_states[i] for i in layers])  # (k, B, L, d)
+        pooled = self.pool_tokens(hidden.flatten(0, 1), mask.repeat(len(hidden), 1))  # (k B, d)
+        return pooled.unflatten(0, hidden.shape[:2]).transpose(0, 1)  # (B, k, d)
 
     def forward(self, hidden_states_s, mask_s, hidden_states_t, mask_t, index=None, labels=None):
         if self.layers_t is None:
