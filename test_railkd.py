@@ -1000,7 +1000,7 @@ CODE = {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.M
 OWN_CODE = {"model_type": "mine", "architectures": ["Mine"], "auto_map": CODE}
 THREE = {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate("abc"))}
 WORDS = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(140))])
-KINDS, LOAD = ("vit", "bart", "t5", "gpt2"), "cannot load the teacher"
+KINDS, LOAD = ("vit", "bart", "t5", "gpt2", "fnet"), "cannot load the teacher"
 BAD_MODELS = [  # what is wrong, the kind of model or the file, its content, what the line says
     *((f"of the kind {kind}", kind, "", LOAD) for kind in KINDS),
     ("config cut off", "config.json", '{"model_type": ', LOAD),
