@@ -1341,7 +1341,18 @@ CASES += ["kd --select=final --distance=layerwise", "codir --select=all --distan
 STOPS = """rail-c/SIGKILL/loss rail-c/SIGKILL/layers_t rail-c/SIGTERM/layers_t
     rail-c/SIGINT/layers_t rail-c/step/6 rail-c/step/18 rail-c/write_bytes/5 rail-c/__exit__/5
     rail-c/save_pretrained/2 codir/step/23 cr-ild/step/14 cr-ild/write_bytes/5 cr-ild/__init__/3
-    pro-kd/step/16 pro-kd/step/22 pro-kd/__init__/3"""
+    pro-kd/step/16 pro-kd/step/22 pro-kd/__init__/3""".split()
+USE = """import random, sys, torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing import NamedTuple
+for library in ("transformers", "datasets", "sklearn", "pandas", "tqdm"):
+    sys.modules[library] = None
+{method}
+ild = IntermediateLoss('rail-l', 4, 6, 8, 10, start='random')
+ild.set_epoch(1)
+s, t = [torch.ones(2, 3, 8)] * 5, [torch.ones(2, 3, 10)] * 7
+print(ild(s, None, t, None).item() >= 0)"""
 TEXTS, GOLD = rows_of(120)["text"], torch.tensor(rows_of(120, (0, 1))["label"])
 ARRAYS = ("pooled.npy", "logits.npy")
 LOADED = """torch pandas scipy.stats sklearn.metrics datasets pytest railkd transformers
@@ -1349,9 +1360,9 @@ LOADED = """torch pandas scipy.stats sklearn.metrics datasets pytest railkd tran
     transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert
     transformers.models.distilbert.modeling_distilbert transformers.data.data_collator"""
 FAKE = """#!{python} -ES
-import pathlib, sys
+import os, pathlib, sys
 args = sys.argv[2:]
-with open("{calls}", "a") as file:
+with open("{folder}/calls " + os.environ["TASKS"], "a") as file:
     print(*args, file=file)
 if args[0] == "--task":
     folder = pathlib.Path(args[args.index("--output-dir") + 1], args[1], "teacher-x", "model")
@@ -1531,6 +1542,9 @@ def flags_of(stop):
     return short.split() if when.isdigit() else LONG
 
 
+WHOLE = [*dict.fromkeys(tuple(flags_of(stop)) for stop in STOPS)]
+
+
 def stopped(folder, models, stop):
     """-> what `process` says of a run that is stopped, what it leaves, what the next try says."""
     again = [command(folder, models, *flags_of(stop))]
@@ -1560,13 +1574,19 @@ def beside(tmp_path_factory, models, calm):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     torchrun += [str(folder / "ranks.py"), str(HERE), str(folder / "ranks")]
     torchrun += command(folder / "ranks", calm, "--lr", "0.001", "--seed", "3")
-    toy = ["-c", SCRIPT, "run_glue.sh", "--output-dir", str(folder / "glue"), *quick]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    wanted = {"TASKS": "toy", "METHODS": "kd", "SEEDS": "5", "PATH": path}
+    toy = {"TASKS": "toy", "METHODS": "kd", "SEEDS": "5", "PATH": path}
+    script = ["-c", SCRIPT, "run_glue.sh", "--output-dir"]
     hub = {"cwd": folder / "hub", "HF_HOME": str(folder / "hub" / "hf"), "HF_HUB_OFFLINE": "1"}
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").write_text(FAKE.format(python=sys.executable, folder=folder))
+    (folder / "bin" / "python3").chmod(0o755)
+    grid = {"METHODS": "none kd", "SEEDS": "1 2", "SEARCH": "1", "PATH": f"{folder}/bin:{path}"}
     with ThreadPoolExecutor(2) as pool:
         jobs = {}
-        for stop in STOPS.split():
+        whole = [command(folder / f"whole{i}", models, *x) for i, x in enumerate(WHOLE)]
+        jobs["whole"] = pool.submit(process, whole, folder / "whole")
+        for stop in STOPS:
             jobs[stop] = pool.submit(stopped, folder / stop.replace("/", "-"), models, stop)
         flags = [["--epochs=4", "--method", *case.split()] for case in CASES]
         cases = [command(folder, models, *more) for more in flags]
@@ -1581,7 +1601,13 @@ def beside(tmp_path_factory, models, calm):
         dead = {"HF_HOME": str(folder / "dead"), "HF_ENDPOINT": "http://127.0.0.1:9"}
         jobs["no hub"] = pool.submit(python, file, "--task=sst2", cwd=folder, timeout=60, **dead)
         jobs["hub"] = pool.submit(python, file, "--task=sst2", "--data-root=data", *quick, **hub)
-        jobs["glue"] = pool.submit(python, *toy, "--max-train-examples=60", **wanted)
+        small = [*script, str(folder / "glue"), *quick, "--max-train-examples=60"]
+        jobs["glue"] = pool.submit(python, *small, **toy)
+        for tasks in ("cola rte", "stop rte"):
+            jobs[tasks] = pool.submit(python, *script, folder, "--epochs=3", **grid, TASKS=tasks)
+        part = Path(file).read_text(encoding="utf-8").split("== the method\n")[1].split("# ===")[0]
+        for name, method in {"imported": "from railkd import *", "copied": part}.items():
+            jobs[name] = pool.submit(python, "-c", USE.format(method=method))
         yield folder, jobs, before
 
 
@@ -1830,19 +1856,12 @@ def test_what_the_cache_depends_on(tmp_path, calm):
         assert len([*tmp_path.rglob("pooled.npy")]) == min(i, len(new.split())), flag
 
 
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory, models):
-    """-> a function: the bits of an undisturbed run with those flags, made once."""
-
-    @functools.cache
-    def whole_run(*flags):
-        return bits(R.main(command(tmp_path_factory.mktemp("whole"), models, *flags)))
-
-    return whole_run
+def results_in(folder):
+    return json.loads(next(folder.rglob("results.json")).read_text())
 
 
-@pytest.mark.parametrize("stop", STOPS.split())
-def test_stopped_and_started_again_gives_the_same_bits(beside, whole_runs, stop):
+@pytest.mark.parametrize("stop", STOPS)
+def test_stopped_and_started_again_gives_the_same_bits(beside, stop):
     """Catches a memory bank, a schedule, a best score, a stage that is lost; half a file; a signal
     that some library swallows, a traceback, an abort."""
     (code, error), left, again = beside[1][stop].result()
@@ -1852,9 +1871,10 @@ def test_stopped_and_started_again_gives_the_same_bits(beside, whole_runs, stop)
     if code > 0:
         assert error.startswith("railkd.py: stopped") and error.count("\n") == 1
         assert not [name for name in left if name.endswith(".partial")]
-    folder = beside[0] / stop.replace("/", "-")
-    results = json.loads(next(folder.rglob("results.json")).read_text())
-    assert bits(results) == whole_runs(*flags_of(stop)) and not leftovers(folder)
+    assert beside[1]["whole"].result() == (0, "")
+    folder, number = beside[0] / stop.replace("/", "-"), WHOLE.index(tuple(flags_of(stop)))
+    whole = bits(results_in(beside[0] / f"whole{number}"))
+    assert bits(results_in(folder)) == whole and not leftovers(folder)
     assert "resumed after epoch" in (folder / "again.out").read_text()
 
 
@@ -1866,7 +1886,7 @@ def test_every_method_runs(case, beside):
     name = re.sub(" --[a-z]+=", "-", case) + "-seed42"
     folder, row = beside[0] / "runs" / "own" / name, R.METHODS[case.split()[0]]
     assert sorted(x.name for x in folder.iterdir()) == ["log.jsonl", "model", "results.json"]
-    results = json.loads((folder / "results.json").read_text())
+    results = results_in(folder)
     assert results["model"] == str(folder / "model")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log == results["history"] and {*KEYS.split()} == {*results}
@@ -1917,7 +1937,7 @@ def test_two_processes_do_what_one_does(tmp_path, calm, beside):
     more = ["--lr", "0.001", "--seed", "3", "--batch-size", "30"]
     one = R.main(command(tmp_path, calm, *more))
     assert beside[1]["ranks"].result()
-    two = json.loads(next((beside[0] / "ranks" / "even").rglob("results.json")).read_text())
+    two = results_in(beside[0] / "ranks" / "even")
     for a, b in zip(one["history"], two["history"], strict=True):
         assert a["layers_t"] == b["layers_t"] and a["score"] == pytest.approx(b["score"])
         for name in ("loss", "ce", "kd", "ild"):
@@ -1930,8 +1950,7 @@ def test_what_two_processes_may_and_may_not(beside):
     """Catches unequal shares where the batch does not divide the data, memory banks that differ, a
     run that hangs, or ends well, when one of its processes dies."""
     done, folder = beside[1]["ranks"].result(), beside[0] / "ranks"
-    results = json.loads(next((folder / "uneven").rglob("results.json")).read_text())
-    for row in results["history"]:
+    for row in results_in(folder / "uneven")["history"]:
         assert row["seconds"] * row["examples_per_s"] == pytest.approx(128)
     assert done.stdout.count("epoch 2  layers_t") == 2  # two runs, and one rank alone speaks
     lines = [line for line in done.stderr.splitlines() if "railkd.py: error: " in line]
@@ -2041,37 +2060,29 @@ def test_first_commands(beside):
     """Catches default names that no hub has, words on stderr, a script behind the file's flags."""
     done, script = (beside[1][name].result() for name in ("hub", "glue"))
     assert (done.returncode, done.stderr) == (script.returncode, script.stderr) == (0, "")
-    path = beside[0] / "hub" / "runs" / "sst2" / "rail-c-seed42" / "results.json"
-    assert json.loads(path.read_text())["config"]["teacher"] == "google-bert/bert-base-uncased"
+    config = results_in(beside[0] / "hub" / "runs" / "sst2" / "rail-c-seed42")["config"]
+    assert config["teacher"] == "google-bert/bert-base-uncased"
     assert "== toy kd seed 5" in script.stdout and "student  accuracy" in script.stdout
     assert "| method | toy | average |" in script.stdout and "| kd | " in script.stdout
 
 
-def test_script_runs_the_whole_grid(tmp_path):
+def test_script_runs_the_whole_grid(beside):
     """Catches a run that is left out, a failure that stops the rest or is not told, a grid that
     tunes a teacher for each point, one that goes on after Ctrl-C."""
-    fake = tmp_path / "bin" / "python3"
-    fake.parent.mkdir()
-    fake.write_text(FAKE.format(python=sys.executable, calls=tmp_path / "calls"))
-    fake.chmod(0o755)
-    wanted = {"TASKS": "cola rte", "METHODS": "none kd", "SEEDS": "1 2", "SEARCH": "1"}
-    wanted["PATH"] = f"{fake.parent}:{os.environ['PATH']}"
-    done = python("-c", SCRIPT, "run_glue.sh", "--epochs=3", f"--output-dir={tmp_path}", **wanted)
+    root, jobs, _ = beside
+    done, stopped = jobs["cola rte"].result(), jobs["stop rte"].result()
     expected, points = [], itertools.product(("1e-5", "2e-5", "5e-5", "4e-6"), (8, 16, 32))
     runs = [*itertools.product(("cola", "rte"), ("none", "kd"), "12")]
     for (lr, batch), (task, method, seed) in itertools.product(points, runs):
-        folder = tmp_path / f"lr{lr}-batch{batch}"
-        line = (
-            f"--task {task} --method {method} --seed {seed} --output-dir {folder} --teacher-cache"
-        )
-        expected.append(
-            f"{line} {tmp_path}/teacher-cache --lr {lr} --batch-size {batch} --epochs=3"
-        )
+        folder = root / f"lr{lr}-batch{batch}"
+        line = f"--task {task} --method {method} --seed {seed} --output-dir {folder} "
+        line += f"--teacher-cache {root}/teacher-cache --lr {lr} --batch-size {batch} --epochs=3"
+        expected.append(line)
         assert (folder / task / "teacher-x").resolve().parts[-3] == "lr1e-5-batch8"
-    assert (tmp_path / "calls").read_text().splitlines() == [*expected, f"--report {tmp_path}"]
+    calls = (root / "calls cola rte").read_text().splitlines()
+    assert calls == [*expected, f"--report {root}"]
     failures = [line for line in done.stderr.splitlines() if " kd seed 2" in line]
     assert done.returncode == 1 and len(failures) == len(expected) // 4
-    stopped = python("-c", SCRIPT, "run_glue.sh", **(wanted | {"TASKS": "stop rte"}))
     assert stopped.returncode == 130 and stopped.stdout.count("== ") == 1
 
 
@@ -2161,23 +2172,11 @@ def test_loop_of_the_study(tmp_path, calm, monkeypatch, capsys):
     assert len(found) == 6 and len({*map(tuple, found.values())}) > 3
 
 
-@pytest.mark.parametrize("copied", [True, False])
-def test_torch_alone_is_enough(tmp_path, copied):
-    """To import the file, and for the method part, copied between its two comments. Catches an
+@pytest.mark.parametrize("code", ["copied", "imported"])
+def test_torch_alone_is_enough(beside, code):
+    """For the method part, copied between its two comments, and to import the file. Catches an
     import of transformers or another library at the top."""
-    code = "import random, sys, torch\nimport torch.nn.functional as F\n"
-    code += "from torch import Tensor, nn\nfrom typing import NamedTuple\n"
-    for library in ("transformers", "datasets", "sklearn", "pandas", "tqdm"):
-        code += f"sys.modules[{library!r}] = None\n"
-    if copied:
-        text = (HERE / "railkd.py").read_text(encoding="utf-8")
-        code += text.split("== the method\n")[1].split("# ===")[0]
-    else:
-        code += f"sys.path.insert(0, {str(HERE)!r})\nfrom railkd import *\n"
-    code += "ild = IntermediateLoss('rail-l', 4, 6, 8, 10, start='random')\nild.set_epoch(1)\n"
-    code += "s, t = [torch.ones(2, 3, 8)] * 5, [torch.ones(2, 3, 10)] * 7\n"
-    (tmp_path / "part.py").write_text(f"{code}print(ild(s, None, t, None).item() >= 0)\n")
-    done = python(str(tmp_path / "part.py"))
+    done = beside[1][code].result()
     assert done.stdout == "True\n" and not done.stderr, done.stderr
 
 
