@@ -111,7 +111,7 @@ class Distance(nn.Module):
     proj_dim: width u that proj_s and proj_t lead to. None: proj_t is None, and proj_s leads to the
         teacher's width, or is None where that is the student's own.
     teacher_proj: "frozen" as drawn, or "trained" (the letter of the paper).
-    start: "ridge", `fit` sets proj_s by least squares, or "random" (the letter, which collapses).
+    start: "ridge", `fit` sets proj_s by least squares, or "random" (the letter; Eq. 2 collapses).
     alpha: weights of the terms; attention and contrastive have but one, and ignore it.
     ValueError: bad options, shapes. RuntimeError: no `fit` yet."""
 
@@ -633,7 +633,7 @@ class Config:
 def parse(argv=None) -> Config:
     """The command line -> Config, with the toy task's own defaults. UserError: what cannot be."""
     about = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n\n")[0]}  # errors: a line
-    about["epilog"] = "paper: a value of the paper's; ours: of our choice, as the paper is silent"
+    about["epilog"] = "paper: a value of the paper's; ours: it is silent there or we depart from it"
     parser = argparse.ArgumentParser("railkd.py", allow_abbrev=False, **about)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for entry in fields(Config):
