@@ -87,7 +87,7 @@ def project(maps, vectors):
     """Each vector (B, d_i) through its own map, through the one for all, or as it is (None)."""
     if isinstance(maps, nn.ModuleList):
         return [linear(vector) for linear, vector in zip(maps, vectors, strict=True)]
-    return maps(torch.stack(vectors)).unbind() if maps else vectors  # one call: a GPU waits for few
+    return maps(torch.stack(vectors)).unbind() if maps else vectors  # fewer calls, for a GPU
 
 
 def fit_ridge(linear: nn.Linear, x: Tensor, y: Tensor, penalty: float = 0.1) -> None:
