@@ -1081,7 +1081,8 @@ def check_encoder(model, tokenizer, info) -> bool:
     fresh = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
     lost = [name for name in fresh if base in name and "pooler" not in name]
     known = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-    if not known or "attention_mask" not in inspect.signature(model.forward).parameters:
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    if not all((known, takes_mask)):
         raise ValueError(f"{config.model_type} is no encoder with a mask of its tokens")
     if lost:
         raise ValueError(f"{len(lost)} weights missing")
