@@ -1302,7 +1302,7 @@ def test_mistakes_in_predictions(place, models, capsys):
 
 # ----------------------------------------------------------------------------------- the training
 STEPS = 4  # of an epoch on 120 examples
-LONG = ["--epochs", "14", "--patience", "14", "--teacher-epochs", "8", "--lr", "0.003"]
+LONG = ["--epochs", "9", "--patience", "9", "--teacher-epochs", "6", "--lr", "0.003"]
 RANKS = """if 1:
     import os, sys, torch
     sys.path.insert(0, sys.argv[1])
