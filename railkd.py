@@ -6,7 +6,7 @@ teacher's logits the student matches its mean-pooled intermediate layers; which 
 random, sorted, in every epoch: `sample_layers`, `LayerwiseDistance` (Eq. 2), `ConcatDistance`
 (Eq. 3), `Objective` (Eq. 4).
 
-    python railkd.py --task toy        no download, under a minute on a laptop's CPU
+    python railkd.py --task toy        no download, about a minute on a laptop's CPU
     python railkd.py --task sst2       BERT-base -> DistilBERT, both from the hub
     python railkd.py --help
 
