@@ -287,9 +287,7 @@ class IntermediateLoss(nn.Module):
             wanted = "[0] is the embedding output, [i] the output of block i"
             raise ValueError(f"{len(hidden_states)} hidden states, not {num_layers + 1}: {wanted}")
         mask = torch.ones_like(hidden_states[0][..., 0]) if mask is None else mask
-        hidden = torch.stack([hidden_states[i] for i in layers])  # (k, B, L, d)
-        pooled = self.pool_tokens(hidden.flatten(0, 1), mask.repeat(len(hidden), 1))  # (k B, d)
-        return pooled.unflatten(0, hidden.shape[:2]).transpose(0, 1)  # (B, k, d)
+        return torch.stack([self.pool_tokens(hidden_states[i], mask) for i in layers], dim=1)
 
     def forward(self, hidden_states_s, mask_s, hidden_states_t, mask_t, index=None, labels=None):
         if self.layers_t is None:
