@@ -1381,8 +1381,8 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
     and checkpoint.pt, from which the same call goes on. -> the rows of all stages so far."""
     net, requests = objective, []
     if machine.num_processes > 1:
-        # a stage of no logits leaves the head without a gradient
-        net = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+        # static: what has no gradient, as the head in a stage of no logits, never has one
+        net = nn.parallel.DistributedDataParallel(objective, static_graph=True)
     loader = make_loader(training_set, requests, machine)
     size = config.batch_size * machine.num_processes
     num_steps = math.ceil(len(training_set.lengths) / size) * len(objective.epochs)
