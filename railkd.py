@@ -496,10 +496,6 @@ class UserError(Exception):
     """A user's mistake: one line that says what is wrong and how to mend it. Exit code 2."""
 
 
-class Terminated(BaseException):
-    """SIGTERM. Not an Exception, so that `as_user_error` lets it pass."""
-
-
 @contextlib.contextmanager
 def as_user_error(what, advice="", kind=Exception):
     """For libraries that fail on a user's input: their errors have no class in common."""
@@ -665,12 +661,12 @@ def flags_of_run(known) -> dict:
 
 def check_prediction(config):
     """What needs --predict, what needs --test-file, and what --predict does without."""
-    more = [config.label_map, config.max_test_examples < 10**7]
-    if config.predict is None and any([config.test_file, *more]):
-        raise UserError("--test-file, --label-map, --max-test-examples need --predict RUN")
+    more = config.label_map or config.max_test_examples < 10**7
     if config.predict is None:
+        if config.test_file or more:
+            raise UserError("--test-file, --label-map, --max-test-examples need --predict RUN")
         return
-    if not config.test_file and any([config.teacher, *more]):
+    if not config.test_file and (config.teacher or more):
         raise UserError("--label-map, --max-test-examples, --teacher need --test-file")
     if config.student != str(Path(config.predict, "model")):
         raise UserError("--predict RUN answers with the model of RUN: no --student")
@@ -1830,9 +1826,9 @@ def explain(error):
     chain = [error]  # a library that is interrupted may fail in turn, as torch.save does
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
-    kinds = {type(link) for link in chain}
-    if kinds & {KeyboardInterrupt, Terminated}:
-        code = 143 if Terminated in kinds else 130
+    stop = {type(link): link for link in chain}.get(KeyboardInterrupt)
+    if stop is not None:
+        code = 143 if stop.args else 130  # `terminate` says what it was
         return code, "stopped; the same command goes on after the last whole epoch"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
@@ -1852,7 +1848,7 @@ def main(argv=None) -> dict:
             if config.report:
                 return report(config.report)
             return predict(config) if config.predict else run(config)
-    except (Exception, KeyboardInterrupt, Terminated) as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
     message = re.sub(r"\x1b\[\d*m", "", message)  # a library's colours
     print(f"railkd.py: {' '.join(message.split())}", file=sys.stderr, flush=True)
@@ -1860,7 +1856,7 @@ def main(argv=None) -> dict:
 
 
 def terminate(number, frame):
-    raise Terminated
+    raise KeyboardInterrupt("SIGTERM")  # not an Exception: `as_user_error` lets it pass
 
 
 if __name__ == "__main__":
