@@ -535,8 +535,7 @@ def flag(group, default, text, kind=None, **options):
 
 @dataclass(frozen=True)
 class Config:
-    """All flags, as parsed. Nothing assigns to it; a stage or the teacher's training
-    gets a changed copy."""
+    """All flags, as parsed. Nothing assigns to it; a stage, the teacher's training get a copy."""
 
     task: str = flag(TASK, "own", f"{', '.join(TASKS)} (no download); own files: any; paper: GLUE")
     method: str = flag(TASK, "rail-c", "a row of METHODS; ours", choices=METHODS)
@@ -750,7 +749,7 @@ def find_dtype(amp, device):
 
 def keep_memory():
     """Linux: glibc gives blocks of 32 MB and more, as an embedding's gradient, back to the system
-    after each step, and new pages made a step on a CPU 15 to 25 % longer. Elsewhere: nothing."""
+    after each step, and new pages made a step on a CPU 5 to 25 % longer. Elsewhere: nothing."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1067,8 +1066,7 @@ class Encoder:
 
 
 def check_encoder(model, tokenizer, info) -> bool:
-    """Is nothing missing? ValueError if more than head and pooler is, or
-    if the tokenizer does not fit."""
+    """Is nothing missing? ValueError: more than head and pooler is, or the tokenizer is wrong."""
     import transformers as hf
 
     config, base = model.config, f"{model.base_model_prefix}."
