@@ -767,6 +767,7 @@ def prepare_libraries(config):
         except Exception as error:  # of many kinds; 404, for one, is an answer
             if getattr(error, "code", 500) >= 500 and "CERTIFICATE" not in str(error):
                 os.environ["HF_HUB_OFFLINE"] = "1"  # else they try again for minutes
+    version("scikit-learn")  # an ImportError now, not after the first epoch
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else they warn of the loader's fork
     import datasets
     import transformers
@@ -984,7 +985,7 @@ def read_columns(split, dataset, columns):
     is_label = {"str", "int", "float", "bool"}.issuperset(kinds.get("label") or ["none"])
     texts = [kinds.get(column) for column in columns]
     if not is_label or texts not in ([["str"]], [["str"], ["str"]]):
-        wanted = f"rows of label and one or two columns of text needed ({', '.join(columns)})"
+        wanted = "rows of label and one or two columns of text needed"
         raise UserError(f"{split}: {wanted}, not {kinds}")
     words = dict(enumerate(getattr(dataset.features["label"], "names", [])))
     return [table[column] for column in columns], [words.get(x, x) for x in table["label"]]
@@ -1029,6 +1030,8 @@ class Encoder:
 
         answers, options = labels or ["score"], {"trust_remote_code": False}
         advice = "" if os.path.exists(name) else ADVICE
+        if os.path.exists(os.path.join(name, "model")):  # of a run, or of a teacher we tuned
+            advice = f"; is it {os.path.join(name, 'model')}?"
         with as_user_error(f"cannot load the {role} {name}", advice):
             config = hf.AutoConfig.from_pretrained(name, **options)
             has_head = role != "student" and "SequenceClassification" in str(config.architectures)
@@ -1399,13 +1402,13 @@ def train(objective, training_set, evaluate, config, machine, folder, earlier=()
         row |= train_epoch(net, loader, parts, machine, epoch)
         row = machine.agree(row | evaluate() if machine.rank == 0 else None)
         rows.append(row)
-        told = describe(row | row["metrics"], ("stage", "examples_per_s", "metrics", "score"))
-        print(told, "*" if row["score"] > best["score"] else "", flush=True)
         if machine.rank == 0:
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
             checkpoint |= {"facts": facts, "rows": rows}
             save_checkpoint(folder, [*earlier, *rows], checkpoint)
         save_models(folder, objective.student, rows, keep, machine)
+        told = describe(row | row["metrics"], ("stage", "examples_per_s", "metrics", "score"))
+        print(told, "*" if row["score"] > best["score"] else "", flush=True)
     return [*earlier, *rows]
 
 
@@ -1672,7 +1675,7 @@ def read_label_map(text, names) -> list:
     """--label-map -> what each of the model's answers, in their order, is called in the file."""
     if text is None:
         return names
-    pairs = [pair.partition("=")[::2] for pair in text.split(",")]
+    pairs = [pair.strip().partition("=")[::2] for pair in text.split(",")]
     if sorted(x for x, _ in pairs) != sorted(names) or not all(label for _, label in pairs):
         raise UserError(f"--label-map: ANSWER=LABEL,.. for each of {names or 'none'}")
     return [dict(pairs)[name] for name in names]
@@ -1828,7 +1831,7 @@ def explain(error):
     if stop is not None:
         code = 143 if stop.args else 130  # `terminate` says what it was
         return code, "stopped; the same command goes on after the last whole epoch"
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, ImportError)):  # a package of requirements.txt is missing
         return 2, f"error: {error}"
     if isinstance(error, OSError) or "os error" in str(error):  # safetensors has one of its own
         reason = next((link for link in chain if isinstance(link, OSError)), error)

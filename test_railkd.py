@@ -504,8 +504,7 @@ def fitted_loss(method, epoch=None, **options):
 
 @pytest.mark.parametrize("shared, bias", [(True, True), (False, True), (False, False)])
 def test_ridge_start_of_equation_2(shared, bias):
-    """Catches uncentred features, a centring that no bias undoes, an absolute penalty, targets not
-    normalised, other draws."""
+    """Catches uncentred features, a centring no bias undoes, an absolute penalty, raw targets."""
     loss, x, h = fitted_loss("rail-l", shared=shared, bias=bias, proj_dim=8)
     maps_t = [loss.distance.proj_t] * M if shared else loss.distance.proj_t
     y = [sum(unit(mapped(maps_t[i], h[draw[i]])) for draw in DRAWS) / 40 for i in range(M)]
@@ -946,8 +945,7 @@ STRANGE = [  # task, its names, its numbers, what the line says; all but the las
 
 @pytest.mark.parametrize("task, names, numbers, words", STRANGE)
 def test_glue_that_is_not_the_task_s(tmp_path, models, capsys, task, names, numbers, words):
-    """Catches floats or three classes for CoLA, a class that train lacks, a test split's -1, an
-    epoch selected on the training data."""
+    """Catches another task's labels, a class that train lacks, -1s, an epoch selected on train."""
     splits = [] if "only" in words else ["validation"]
     args = [*make_glue(tmp_path, task, names, splits, numbers), *models]
     refused([*args, "--output-dir", str(tmp_path / "runs")], capsys, words, kept=tmp_path)
@@ -1053,6 +1051,8 @@ def test_mistakes_in_models(place, models, capsys, monkeypatch, row):
     if what == "no tokenizer":
         as_student = command(place, models, "--student", str(folder), "--method", "none")
         refused(as_student, capsys, words, "cannot load the student", kept=place)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # is not installed
+    refused(args, capsys, "import of datasets halted", kept=place)
 
 
 @pytest.mark.parametrize("tokenizer_knows", [None, 12, 512])
@@ -1157,7 +1157,6 @@ def finished(folder, models, task="mnli", names=MNLI, tests=("test",), more=()):
 
 
 def asked(model, premises, hypotheses, **cut):
-    """What the model itself says to each pair: logits (N, C)."""
     return answers(model, zip(premises, hypotheses, strict=True), **cut)[0]
 
 
@@ -1192,8 +1191,7 @@ def test_submission_is_what_the_model_says(tmp_path, models, capsys, row):
     for split, file in zip(tests, files, strict=True):
         logits = asked(run / "model", PREMISES, [split] * 50)
         head, *rows = table_of(run / "submission" / file)
-        assert head == ["index", "prediction"]
-        assert [row[0] for row in rows] == [str(i) for i in range(50)]
+        assert head == ["index", "prediction"] and [x for x, _ in rows] == [*map(str, range(50))]
         said = [row[1] for row in rows]
         if names:
             assert said == [(words or names)[i] for i in logits.argmax(1)]
@@ -1289,6 +1287,7 @@ def test_mistakes_in_predictions(place, models, capsys):
     refused(["--task", "sst2", *args[2:4]], capsys, "need --predict RUN", kept=place)
     own = Path(R.main(command(place, models, "--method", "none", "--epochs", "1"))["model"]).parent
     refused(["--predict", str(own)], capsys, "own has no test split", kept=place)
+    refused(command(place, models, "--teacher", str(run)), capsys, f"is it {run / 'model'}?")
     weights = load_file(run / "model" / "model.safetensors")
     del weights["classifier.bias"]
     save_file(weights, run / "model" / "model.safetensors", {"format": "pt"})
@@ -1863,8 +1862,8 @@ def results_in(folder):
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_stopped_and_started_again_gives_the_same_bits(beside, stop):
-    """Catches a memory bank, a schedule, a best score, a stage that is lost; half a file; a signal
-    that some library swallows, a traceback, an abort."""
+    """Catches a memory bank, a schedule, a best score, an epoch or a stage that is lost; half a
+    file; a signal that some library swallows, a traceback, an abort."""
     (code, error), left, again = beside[1][stop].result()
     how = stop.split("/")[1]
     assert code == {"SIGTERM": 143, "SIGINT": 130, "__exit__": 130}.get(how, -9), error
@@ -1872,11 +1871,12 @@ def test_stopped_and_started_again_gives_the_same_bits(beside, stop):
     if code > 0:
         assert error.startswith("railkd.py: stopped") and error.count("\n") == 1
         assert not [name for name in left if name.endswith(".partial")]
-    assert beside[1]["whole"].result() == (0, "")
     folder, number = beside[0] / stop.replace("/", "-"), WHOLE.index(tuple(flags_of(stop)))
-    whole = bits(results_in(beside[0] / f"whole{number}"))
-    assert bits(results_in(folder)) == whole and not leftovers(folder)
-    assert "resumed after epoch" in (folder / "again.out").read_text()
+    assert beside[1]["whole"].result() == (0, "") and not leftovers(folder)
+    assert bits(results_in(folder)) == bits(results_in(beside[0] / f"whole{number}"))
+    told, again = ((folder / f"{x}.out").read_text() for x in ("first", "again"))
+    last = [0, *map(int, re.findall(r"\nepoch (\d+) ", told.split("\nmethod ")[-1]))][-1]
+    assert int(re.findall(r"resumed after epoch (\d+)", again)[-1]) >= last
 
 
 @pytest.mark.parametrize("case", CASES)
