@@ -1030,8 +1030,8 @@ class Encoder:
 
         answers, options = labels or ["score"], {"trust_remote_code": False}
         advice = "" if os.path.exists(name) else ADVICE
-        if os.path.exists(os.path.join(name, "model")):  # of a run, or of a teacher we tuned
-            advice = f"; is it {os.path.join(name, 'model')}?"
+        if os.path.exists(f"{name}/model"):  # of a run, or of a teacher we tuned
+            advice = f"; is it {name}/model?"
         with as_user_error(f"cannot load the {role} {name}", advice):
             config = hf.AutoConfig.from_pretrained(name, **options)
             has_head = role != "student" and "SequenceClassification" in str(config.architectures)
