@@ -19,10 +19,12 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -77,7 +79,7 @@ def unit(vectors: Tensor) -> Tensor:
 def make_maps(widths, widths_out, shared, bias):
     """One nn.Linear for all vectors of a model (shared), else an nn.ModuleList, one for each."""
     if not shared:
-        return nn.ModuleList(nn.Linear(*x, bias) for x in zip(widths, widths_out, strict=False))
+        return nn.ModuleList(nn.Linear(*x, bias) for x in zip(widths, widths_out, strict=True))
     if len({*widths}) > 1 or len({*widths_out}) > 1:
         raise ValueError(f"one map for all needs one width, not {widths} -> {widths_out}")
     return nn.Linear(widths[0], widths_out[0], bias)
@@ -136,7 +138,7 @@ class Distance(nn.Module):
         widths_u = [proj_dim] * len(widths_t) if proj_dim else widths_t  # what the maps lead to
         self.proj_s = self.proj_t = None
         if proj_dim or widths_s != widths_u[: len(widths_s)]:  # attention: m slots, k targets
-            self.proj_s = make_maps(widths_s, widths_u, shared, bias)
+            self.proj_s = make_maps(widths_s, widths_u[: len(widths_s)], shared, bias)
         if proj_dim:
             self.proj_t = make_maps(widths_t, widths_u, shared, bias)
             self.proj_t.requires_grad_(teacher_proj == "trained")
@@ -502,7 +504,10 @@ def as_user_error(what, advice="", kind=Exception):
     try:
         yield
     except kind as error:
-        reason = str(error.__cause__ or error).strip() or repr(error)
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) == errno.ENOSPC:  # a full disk is no mistake of theirs
+            raise cause from error
+        reason = str(cause).strip() or repr(error)
         raise UserError(f"{what}: {reason.splitlines()[0][:300].rstrip(': ')}{advice}") from error
 
 
@@ -525,9 +530,15 @@ COUNT, SHARE, SEED = number(int, 1, 10**7), number(float, 0, 1), number(int, 0, 
 ON_OFF, PRECISIONS = argparse.BooleanOptionalAction, ("auto", "bf16", "fp16", "off")
 
 
-def flag(group, default, text, kind=None, **options):
+def filled(text):
+    if not text:
+        raise argparse.ArgumentTypeError("nothing is given: a variable that is not set?")
+    return text
+
+
+def flag(group, default, text, kind=filled, **options):
     """A field of Config: its group and its line, with the source, in --help."""
-    if kind is not None:
+    if "action" not in options:
         options["type"] = kind
     options["help"] = text if default is None else f"{text} [%(default)s]"
     return field(default=default, metadata={"group": group, "options": options})
@@ -645,6 +656,7 @@ def parse(argv=None) -> Config:
         check_prediction(config)
     if config.report is None and config.predict is None:
         check_task(config)
+        check_places(config)
         check_method(config)
     return replace(config, keep_teacher_epochs=config.keep_teacher_epochs or config.uses("anneal"))
 
@@ -674,21 +686,33 @@ def check_prediction(config):
 
 
 def check_task(config):
-    """What is to be learned, and where teacher, student and results are: three places."""
+    """What is to be learned: one of TASKS, or own files under a name for their folder."""
     files = (config.train_file, config.validation_file)
-    if any(files) != all(files) or any(files) == (config.task in TASKS):
+    is_name = re.fullmatch(r"\w[^/\\]*", config.task)
+    if not is_name or any(files) != all(files) or any(files) == (config.task in TASKS):
         known = f"{', '.join(TASKS)} alone, or another name with --train-file and --validation-file"
         raise UserError(f"--task {config.task}: need {known}")
+
+
+def check_places(config):
+    """Teacher, student and results are in three places, of which two can be written to."""
     if config.teacher_cache == "off":
         raise UserError("--teacher-cache off is gone: the teacher's outputs are always kept")
-    teachers = [Path(name).resolve() for name in config.teacher_names]
-    student = Path(config.student).resolve()
-    if config.method != "none" and student in teachers:
-        raise UserError("teacher and student are one and the same model")
     output = Path(config.output_dir).resolve()
     results = output / config.task / config.run_name
-    if any(x == output or x.is_relative_to(results) for x in (*teachers, student)):
+    student, *teachers = (Path(x).resolve() for x in (config.student, *config.teacher_names))
+    if config.uses("kd", "ild") and student in teachers:
+        raise UserError("teacher and student are one and the same model")
+    if any(x == output or x.is_relative_to(results) for x in (student, *teachers)):
         raise UserError(f"{results} is where results go: models must lie elsewhere")
+    check_writable(results)
+    check_writable(Path(config.teacher_cache or output).resolve())
+
+
+def check_writable(folder):
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(f"{there}/.", os.W_OK):  # or it is a file
+        raise UserError(f"{folder}: nothing can be written to {there}")
 
 
 def check_method(config):
@@ -772,6 +796,7 @@ def prepare_libraries(config):
     import datasets
     import transformers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each new try
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is told in one line
     transformers.logging.disable_progress_bar()
@@ -883,26 +908,43 @@ def toy_model(folder, layers, width, owner=""):
     return str(folder)
 
 
-def read_csv(path, separator):
-    """Fields are text as it stands there: "01", "NA". By hand: pandas fills up a row with too few
-    fields."""
+def read_rows(path, separator):
+    """-> the last line and the fields of each row. By hand: pandas fills up a row with too few."""
     csv.field_size_limit(2**30)  # a text may be long
+    rows = []
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = [row or [""] for row in csv.reader(file, delimiter=separator, strict=True)]
-    if len(rows[0]) > 1:  # of texts alone: an empty one
-        rows = [row for row in rows if row != [""]]
-    if any(len(row) != len({*rows[0]} - {""}) for row in rows):
-        raise ValueError("a column has no name or another's, or a row too many or too few fields")
-    table = {column[0]: list(column[1:]) for column in zip(*rows, strict=True)}
-    return table | {"label": as_numbers(table["label"])} if "label" in table else table
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            for row in reader:
+                rows.append((reader.line_num, row or [""]))
+                if any("\t" in field and "\n" in field for field in row) and separator == "\t":
+                    raise csv.Error("a quote is opened, and closed lines later")
+        except csv.Error as error:  # quotes mean nothing in GLUE's own tsv files
+            advice = "a text that begins with a quote has to be in quotes, its own doubled"
+            raise ValueError(f"line {reader.line_num}: {error}: {advice}") from None
+    return rows
 
 
-def as_numbers(labels):
+def read_csv(path, separator):
+    """Fields are text as it stands there: "01", "NA"."""
+    rows = read_rows(path, separator)
+    names = rows[0][1]
+    if len(names) > 1:  # of texts alone: an empty one
+        rows = [(line, row) for line, row in rows if row != [""]]
+    for line, row in rows:
+        if len(row) != len({*names} - {""}):
+            wrong = "too many or too few fields, or two columns of one name, or of none"
+            raise ValueError(f"line {line}: {wrong}: {names}")
+    columns = zip(*(row for _, row in rows), strict=True)
+    return as_numbers({name: list(column) for name, *column in columns})
+
+
+def as_numbers(table):
     """Labels of a csv that are all numbers, some with a point, are those of a regression."""
-    if any("." in label for label in labels):
+    if any("." in label for label in table.get("label", [])):
         with contextlib.suppress(ValueError):
-            return [float(label) for label in labels]
-    return labels
+            table["label"] = [float(label) for label in table["label"]]
+    return table
 
 
 def read_file(path):
@@ -964,6 +1006,8 @@ def load_data(config) -> TaskData:
     labels["train"] = labels["train"][rows]
     if len(labels["train"].unique()) < 2:
         raise UserError(f"train: no label but {words['train'][rows[0]]}, nothing to learn")
+    kind = f"{len(names)} classes" if names else "a regression"
+    print(f"data     {len(rows)} training examples of {' and '.join(columns)}, {kind}")
     content = json.dumps([texts, names, *(x.tolist() for x in labels.values())])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
     return TaskData(config.task, texts, labels, columns, names, [*splits][1:], fingerprint)
@@ -1034,6 +1078,8 @@ class Encoder:
             advice = f"; is it {name}/model?"
         with as_user_error(f"cannot load the {role} {name}", advice):
             config = hf.AutoConfig.from_pretrained(name, **options)
+            config.output_attentions, config.return_dict = False, True
+            config._attn_implementation = None  # the library's own: a name may be that of code
             has_head = role != "student" and "SequenceClassification" in str(config.architectures)
             if not has_head:
                 config.id2label = dict(enumerate(answers))
@@ -1110,9 +1156,10 @@ def read_all(encoder, tokens, machine, pool=None, layers=()):
     logits, pooled = [], []
     for batch in order.split(64):
         inputs = encoder.collate(tokens[batch.tolist()]).to(machine.device)
-        batch_logits, hidden, mask = encoder.run(inputs, machine)
+        with as_user_error(f"{encoder.name} does not work here", kind=ValueError):
+            batch_logits, hidden, mask = encoder.run(inputs, machine)
+            states = [pool(hidden[i], mask).cpu() for i in layers]
         logits.append(batch_logits.cpu())
-        states = [pool(hidden[i], mask).cpu() for i in layers]
         pooled.append(torch.stack(states, dim=1) if states else torch.empty(len(batch), 0))
     back = order.argsort()
     return torch.cat(logits)[back], torch.cat(pooled)[back]
@@ -1148,7 +1195,7 @@ def ask_teacher(teacher, texts, pool, config, machine) -> Path:
     folder = Path(cache, key.hexdigest()[:16])
     if machine.rank == 0 and not folder.exists():
         run = os.path.realpath(config.output_dir) + config.task + config.run_name
-        owner = "-" + hashlib.sha256(run.encode()).hexdigest()[:8]
+        owner = "-" + hashlib.sha256(os.fsencode(run)).hexdigest()[:8]
         with whole(folder, owner, once=True) as unfinished:
             write_outputs(unfinished, teacher, tokens, pool, machine)
     machine.agree()
@@ -1434,10 +1481,6 @@ def measure(task, answers, labels) -> dict:
     return {name: float(scores[name](labels.numpy(), answers.numpy())) for name in names}
 
 
-def in_words(metrics):
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
 def mean_cosine(encoder, tokens, machine, pool, layers):
     """The alarm for a collapse: mean cosine of the pooled states of different examples, over the
     layers in use; 1 where all point one way. On up to 256 examples; 0 if there is but one."""
@@ -1512,7 +1555,7 @@ def score_teacher(teacher, data, config, machine) -> dict:
         folder = ask_teacher(teacher, data.texts[split], None, config, machine)
         answers[split] = read_outputs(folder, torch.arange(len(data.labels[split])))
     metrics = data.score(answers.get)
-    told = f"{in_words(metrics)}; majority baseline {data.floor:.4f}"
+    told = f"{describe(metrics)}; majority baseline {data.floor:.4f}"
     print(f"teacher  {teacher.title}; {told}", flush=True)
     if data.names and not config.teacher_labels and teacher.name in config.teacher_names:
         check_label_order(answers[dev].argmax(dim=1), data.labels[dev], data.names)
@@ -1637,19 +1680,13 @@ def predict_test(student, names, config, machine) -> dict:
 def predict_file(student, names, columns_train, config, machine) -> dict:
     """predictions.tsv: to each example the model's answer, as the file calls it, and that answer's
     own probability. With labels in the file predictions.json, the metrics, and --teacher's."""
-    path, dataset, folder = config.test_file, read_file(config.test_file), Path(config.predict)
-    columns, is_labelled = text_columns(dataset), "label" in dataset.column_names
-    if sorted(columns) == sorted(columns_train):
-        columns = columns_train  # in their order
-    if len(columns) != len(columns_train):
-        raise UserError(f"{path}: columns of text {columns_train} needed, not {columns}")
-    if not is_labelled:  # read_columns wants some
-        dataset = dataset.add_column("label", [0] * len(dataset))
-    rows = subset(len(dataset), config.max_test_examples)
-    texts, words = read_columns(path, dataset.select(rows), columns)
+    path, folder = config.test_file, Path(config.predict)
+    rows, texts, words = read_test_file(path, columns_train, config.max_test_examples)
+    if config.teacher and not words:
+        raise UserError(f"{path} has no labels, which --teacher needs")
     called = read_label_map(config.label_map, names)
     classes = list(dict.fromkeys(called))  # several answers may share a label
-    labels = number_labels(f"{path} (--label-map?)", words, classes) if is_labelled else None
+    labels = number_labels(f"{path} (--label-map?)", words, classes) if words else None
     encoders = {"student": student}
     if config.teacher:
         encoders["teacher"] = load_teacher(config.teacher, names, config, machine)
@@ -1660,15 +1697,31 @@ def predict_file(student, names, columns_train, config, machine) -> dict:
         table.to_csv(unfinished, sep="\t", index_label="index", float_format="%.4f")
     print(f"answers  {folder / 'predictions.tsv'}")
     found = {"file": path, "n": len(rows)}
-    if is_labelled:
+    if words:
         for role, table in tables.items():
             answers = number_labels(path, table["prediction"], classes)
             metrics = measure(config.task, answers, labels)
             found["metrics" if role == "student" else "teacher_metrics"] = metrics
-            print(f"{role}  {in_words(metrics)}")
+            print(f"{role}  {describe(metrics)}")
         with whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(found, indent=1))
     return found
+
+
+def read_test_file(path, columns_train, most):
+    """-> numbers of the rows, the columns of text, and the labels; None: there are none, or hidden
+    ones, which GLUE calls -1."""
+    dataset = read_file(path)
+    columns = text_columns(dataset)
+    if sorted(columns) == sorted(columns_train):
+        columns = columns_train  # in their order
+    if len(columns) != len(columns_train):
+        raise UserError(f"{path}: columns of text {columns_train} needed, not {columns}")
+    if "label" not in dataset.column_names:
+        dataset = dataset.add_column("label", [-1] * len(dataset))
+    rows = subset(len(dataset), most)
+    texts, words = read_columns(path, dataset.select(rows), columns)
+    return rows, texts, None if {*words} <= {-1, "-1"} else words
 
 
 def read_label_map(text, names) -> list:
@@ -1741,8 +1794,7 @@ def distil(config, folder):
         raise UserError(f"{config.student} takes no inputs_embeds, which mix-up needs")
     results, outputs, ild = consult_teacher(student, data, config, machine, folder / "teacher")
     device = f"{machine.device}, {machine.dtype}"
-    examples = f"{len(data.labels['train'])} training examples, {' and '.join(data.columns)}"
-    print(f"student  {student.title}; {examples}")
+    print(f"student  {student.title}")
     print(f"method   {config.run_name}; {device}", flush=True)
     if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
         clear(folder, "results.json", "predictions.*", "submission")
@@ -1830,7 +1882,7 @@ def explain(error):
     stop = {type(link): link for link in chain}.get(KeyboardInterrupt)
     if stop is not None:
         code = 143 if stop.args else 130  # `terminate` says what it was
-        return code, "stopped; the same command goes on after the last whole epoch"
+        return code, "stopped; the same command goes on, after the last whole epoch of training"
     if isinstance(error, (UserError, ImportError)):  # a package of requirements.txt is missing
         return 2, f"error: {error}"
     if isinstance(error, OSError) or "os error" in str(error):  # safetensors has one of its own
@@ -1862,6 +1914,8 @@ def terminate(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # not all are UTF-8
     main()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
