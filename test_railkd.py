@@ -2150,7 +2150,7 @@ def test_readme_code_runs(block, tmp_path, models, monkeypatch):
     if "matplotlib" in block:
         pytest.importorskip("matplotlib").rcParams["svg.fonttype"] = "none"
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    for name in re.findall(r'savefig\("(.*)"\)', block):
+    for name in re.findall(r'savefig\("(.*?)"', block):
         words = (">rail-c skip<", "cola") if "study" in name else (">100<", ">student<")
         picture = (tmp_path / name).read_text()
         assert all(word in picture for word in words) and "stsb" not in picture
