@@ -695,7 +695,7 @@ def check_task(config):
 
 
 def check_places(config):
-    """Teacher, student and results are in three places, of which two can be written to."""
+    """Teacher, student and results are in three places."""
     if config.teacher_cache == "off":
         raise UserError("--teacher-cache off is gone: the teacher's outputs are always kept")
     output = Path(config.output_dir).resolve()
@@ -705,14 +705,6 @@ def check_places(config):
         raise UserError("teacher and student are one and the same model")
     if any(x == output or x.is_relative_to(results) for x in (student, *teachers)):
         raise UserError(f"{results} is where results go: models must lie elsewhere")
-    check_writable(results)
-    check_writable(Path(config.teacher_cache or output).resolve())
-
-
-def check_writable(folder):
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(f"{there}/.", os.W_OK):  # or it is a file
-        raise UserError(f"{folder}: nothing can be written to {there}")
 
 
 def check_method(config):
@@ -830,6 +822,14 @@ def whole(target, owner="", once=False):
         remove(unfinished)  # of a full disk, of a signal
 
 
+def check_writable(*folders):
+    """Before hours of work. A folder need not be there yet; None is passed over."""
+    for folder in map(Path, filter(None, folders)):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not os.access(f"{there}/.", os.W_OK):  # or it is a file
+            raise UserError(f"{folder}: nothing can be written to {there}")
+
+
 def read_results(folder):
     """results.json of a finished run."""
     path = folder / "results.json"
@@ -908,35 +908,24 @@ def toy_model(folder, layers, width, owner=""):
     return str(folder)
 
 
-def read_rows(path, separator):
-    """-> the last line and the fields of each row. By hand: pandas fills up a row with too few."""
+def read_csv(path, separator):
+    """Fields are text as it stands there: "01", "NA". Blank lines are skipped. By hand, as pandas
+    fills up a row with too few fields."""
     csv.field_size_limit(2**30)  # a text may be long
     rows = []
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
-            for row in reader:
-                rows.append((reader.line_num, row or [""]))
+            for row in filter(None, reader):
+                rows.append(row)
+                if len(row) != len({*rows[0]} - {""}):
+                    raise csv.Error("too many or too few fields, or columns of one name or none")
                 if any("\t" in field and "\n" in field for field in row) and separator == "\t":
-                    raise csv.Error("a quote is opened, and closed lines later")
-        except csv.Error as error:  # quotes mean nothing in GLUE's own tsv files
-            advice = "a text that begins with a quote has to be in quotes, its own doubled"
-            raise ValueError(f"line {reader.line_num}: {error}: {advice}") from None
-    return rows
-
-
-def read_csv(path, separator):
-    """Fields are text as it stands there: "01", "NA"."""
-    rows = read_rows(path, separator)
-    names = rows[0][1]
-    if len(names) > 1:  # of texts alone: an empty one
-        rows = [(line, row) for line, row in rows if row != [""]]
-    for line, row in rows:
-        if len(row) != len({*names} - {""}):
-            wrong = "too many or too few fields, or two columns of one name, or of none"
-            raise ValueError(f"line {line}: {wrong}: {names}")
-    columns = zip(*(row for _, row in rows), strict=True)
-    return as_numbers({name: list(column) for name, *column in columns})
+                    raise csv.Error("a quote is opened, and closed lines later")  # as in GLUE's own
+        except csv.Error as error:
+            advice = "in a quoted text quotes are doubled"
+            raise ValueError(f"line {reader.line_num}: {error}; {advice}") from None
+    return as_numbers({name: list(column) for name, *column in zip(*rows, strict=True)})
 
 
 def as_numbers(table):
@@ -1779,6 +1768,7 @@ def clear(folder, *more):
 
 def distil(config, folder):
     """From the data to the finished student in its folder."""
+    check_writable(folder, config.teacher_cache)
     prepare_libraries(config)
     keep_memory()
     machine = Machine(config)
