@@ -923,7 +923,7 @@ def read_csv(path, separator):
                 if any("\t" in field and "\n" in field for field in row) and separator == "\t":
                     raise csv.Error("a quote is opened, and closed lines later")  # as in GLUE's own
         except csv.Error as error:
-            advice = "in a quoted text quotes are doubled"
+            advice = "a text with separators or quotes goes in quotes, its own doubled"
             raise ValueError(f"line {reader.line_num}: {error}; {advice}") from None
     return as_numbers({name: list(column) for name, *column in zip(*rows, strict=True)})
 
