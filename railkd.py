@@ -506,7 +506,7 @@ def as_user_error(what, advice="", kind=Exception):
     except kind as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) == errno.ENOSPC:  # a full disk is no mistake of theirs
-            raise cause from error
+            raise cause from None
         reason = str(cause).strip() or repr(error)
         raise UserError(f"{what}: {reason.splitlines()[0][:300].rstrip(': ')}{advice}") from error
 
@@ -531,6 +531,7 @@ ON_OFF, PRECISIONS = argparse.BooleanOptionalAction, ("auto", "bf16", "fp16", "o
 
 
 def filled(text):
+    """A type for argparse: "" would do what the command does without the flag, or worse."""
     if not text:
         raise argparse.ArgumentTypeError("nothing is given: a variable that is not set?")
     return text
