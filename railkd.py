@@ -7,12 +7,11 @@ the tokens. Which of these layers it sees is drawn at random, and sorted, in eve
 
     python railkd.py --task toy        needs no download and takes about a minute on a laptop
     python railkd.py --task sst2       distils BERT-base into DistilBERT, both from the hub
-
-The first part of the file is the method, which needs only torch. The second is the command.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import inspect
 import io
@@ -27,7 +26,6 @@ import sys
 import time
 import warnings
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,14 +36,13 @@ from torch.utils.data import DataLoader
 
 
 # ==== the method
-# To use it elsewhere, copy it with the imports of random, NamedTuple, torch, F, Tensor and nn.
-# Shapes: B examples, L tokens, d_s and d_t hidden sizes, m student layers in use ("slots"), k
-# teacher layers in use, n teacher blocks, u width of the maps, C classes, N training examples.
-# hidden_states[0] is the output of the embeddings, hidden_states[i] the output of block i.
+# To copy it, take the imports of random, NamedTuple, torch, F, Tensor and nn as well. Shapes: B
+# examples, L tokens, d_s and d_t hidden sizes, m student layers in use ("slots"), k teacher layers
+# in use, n teacher blocks, u width of the maps, C classes, N training examples. hidden_states[0]
+# is the output of the embeddings, hidden_states[i] that of block i.
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 1: the mean over each example's tokens, (B, L, d) and (B, L) -> (B, d), in 32 bits. What
-    stands in the padding never matters, and an example without tokens gives zeros. Raises
-    ValueError for other shapes."""
+    """Eq. 1: the mean over each example's tokens, (B, L, d), (B, L) -> (B, d), in 32 bits. Padding
+    never matters, not even NaN in it; without tokens the mean is 0. ValueError for other shapes."""
     if hidden.ndim != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(f"need hidden (B, L, d), mask (B, L), not {hidden.shape}, {mask.shape}")
     is_token = mask.bool().unsqueeze(-1)  # (B, L, 1)
@@ -55,11 +52,10 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def sample_layers(num_layers: int, k: int, seed: int, epoch: int) -> list[int]:
     """Section 3: draw k of the intermediate layers 1 .. num_layers - 1 for one epoch, sorted.
-    The draw depends on (seed, epoch) alone, so it is the same in every process and after a restart.
-    A fractional epoch is rounded. Raises ValueError unless 1 <= k < num_layers."""
+    The draw depends on (seed, epoch) alone. Raises ValueError unless 1 <= k < num_layers."""
     if not 1 <= k < num_layers:
         raise ValueError(f"cannot draw k = {k} layers from num_layers = {num_layers} blocks")
-    generator = random.Random(f"layers {seed} {round(epoch)}")
+    generator = random.Random(f"layers {seed} {round(epoch)}")  # a Trainer's epoch is a float
     return sorted(generator.sample(range(1, num_layers), k))
 
 
@@ -70,24 +66,15 @@ def unit_distance(s: Tensor, t: Tensor) -> Tensor:
 
 class Distance(nn.Module):
     """Base of all distances: distance(states_s (B, m, d_s), states_t (B, k, d_t)) -> scalar.
-    `proj_s` maps the student's states and `proj_t` the teacher's. For the start of `proj_s`,
-    `inputs` are the vectors that it reads and `targets` those that it should hit."""
-
-    def __init__(self):
-        super().__init__()
-        self.proj_t = nn.Identity()  # unless the method has a map for the teacher
-
-    def inputs(self, states: Tensor) -> Tensor:
-        return states
+    `proj_s` maps the student's states towards the `targets`, `proj_t` maps the teacher's."""
 
     def targets(self, states_t: Tensor) -> Tensor:
-        return F.normalize(self.proj_t(self.inputs(states_t)), dim=-1)
+        return F.normalize(self.proj_t(states_t), dim=-1)
 
 
 class LayerwiseDistance(Distance):
     """RAIL-KD^l, Eq. 2: the sum over the slots of the distance between the projected states.
-    `shared`: one pair of maps for all slots, or a pair for each. `alpha`: the weights of the slots,
-    by default 1. Raises ValueError unless there is one teacher layer for each slot."""
+    `shared`: one pair of maps for all slots, or one for each. `alpha`: the slots' weights, or 1."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets, proj_dim=128, shared=True, alpha=None):
         super().__init__()
@@ -117,8 +104,8 @@ class ConcatDistance(Distance):
         t = self.proj_t(states_t.flatten(1))  # (B, u)
         return unit_distance(s, t).mean()  # Eq. 3, mean over the batch
 
-    def inputs(self, states: Tensor) -> Tensor:
-        return states.flatten(1)
+    def targets(self, states_t: Tensor) -> Tensor:
+        return super().targets(states_t.flatten(1))
 
 
 def kd_loss(logits_s, logits_t, temperature: float, max_temperature: float | None = None) -> Tensor:
@@ -147,8 +134,7 @@ class IntermediateLoss(nn.Module):
         loss = ild(ild.pool_s(hidden_s, mask_s), ild.pool_t(hidden_t, mask_t))     # in every step
 
     `select`, `distance` and `teacher_proj` ("trained" or "frozen") replace those of the method, and
-    further options go to the distance. `layers_s` and `layers_t` are the layers in use. Raises
-    ValueError for an unknown name, and for layers that do not fit the distance."""
+    further options go to the distance. `layers_s` and `layers_t` are the layers in use."""
 
     def __init__(
         self,
@@ -177,10 +163,10 @@ class IntermediateLoss(nn.Module):
         num_slots, num_targets = len(self.layers_s), len(self.layers_t)
         self.distance = DISTANCES[distance](d_s, d_t, num_slots, num_targets, **distance_options)
         if teacher_proj is not None:
-            has_map = any(True for _ in self.distance.proj_t.parameters())
-            if not has_map or teacher_proj not in ("trained", "frozen"):
+            proj_t = getattr(self.distance, "proj_t", nn.Identity())
+            if isinstance(proj_t, nn.Identity) or teacher_proj not in ("trained", "frozen"):
                 raise ValueError(f"{distance} has no teacher_proj {teacher_proj!r}")
-            self.distance.proj_t.requires_grad_(teacher_proj == "trained")
+            proj_t.requires_grad_(teacher_proj == "trained")
 
     def draw(self, epoch: int) -> list[int]:
         return select_layers(self.select, self.num_layers_t, len(self.layers_s), self.seed, epoch)
@@ -205,9 +191,8 @@ class IntermediateLoss(nn.Module):
         return torch.stack([self.pool(hidden_states[i], mask) for i in layers], dim=1)
 
     def forward(self, states_s: Tensor, states_t: Tensor, index: Tensor | None = None) -> Tensor:
-        """Pooled states (B, m, d_s) and (B, k, d_t) -> scalar, in 32 bits even under autocast, and
-        without a gradient for the teacher. Only ContrastiveDistance needs `index` (B,), the rows of
-        the batch. Raises ValueError for another number of layers."""
+        """Pooled states (B, m, d_s), (B, k, d_t) -> scalar, in 32 bits even under autocast, with no
+        gradient for the teacher. ContrastiveDistance needs index (B,), the rows of the batch."""
         m, k = len(self.layers_s), len(self.layers_t)
         if states_s.shape[1] != m or states_t.shape[:2] != (len(states_s), k):
             raise ValueError(f"need {m} and {k} layers, not {states_s.shape}, {states_t.shape}")
@@ -216,15 +201,15 @@ class IntermediateLoss(nn.Module):
 
     @torch.no_grad()
     def fit(self, states_s: Tensor, states_t: Tensor) -> None:
-        """Start the student's maps at the ridge solution towards the mean target of the first 40
-        draws: from a random start the first steps destroy the pretrained student. states_s (N, m,
-        d_s) are of some training examples, states_t (N, n, d_t) of all the teacher's blocks."""
-        maps, x = self.distance.proj_s, self.distance.inputs(states_s.float())
+        """Start the student's maps at the ridge solution towards the mean target of 40 draws. After
+        a random start the first steps destroy the pretrained student. states_s (N, m, d_s): of some
+        training examples; states_t (N, n, d_t): of all the teacher's blocks."""
+        maps, x = self.distance.proj_s, states_s.float()
         draws = [self.draw(epoch) for epoch in (range(1, 41) if self.select == "random" else [1])]
         states = (states_t[:, [layer - 1 for layer in draw]].float() for draw in draws)
         y = sum(map(self.distance.targets, states)) / len(draws)
         if isinstance(maps, nn.Linear):  # where slots share it, each slot is N more examples
-            fit_ridge(maps, x.flatten(0, -2), y.flatten(0, -2))
+            fit_ridge(maps, x.reshape(-1, maps.in_features), y.reshape(-1, maps.out_features))
         if isinstance(maps, nn.ModuleList):
             y = y.flatten(1).split([linear.out_features for linear in maps], dim=1)
             for i, linear in enumerate(maps):
@@ -232,8 +217,7 @@ class IntermediateLoss(nn.Module):
 
 
 def fit_ridge(linear: nn.Linear, x: Tensor, y: Tensor, penalty: float = 0.1) -> None:
-    """Set a map to the ridge solution from x (N, d) to y (N, u), in 64 bits. The penalty is
-    relative to the variance of the features, so their scale does not matter."""
+    """Least squares from x (N, d) to y (N, u); the penalty is relative to the variance of x."""
     x, y = x.cpu().double(), y.cpu().double()
     centred_x, centred_y = x - x.mean(dim=0), y - y.mean(dim=0)
     gram = centred_x.T @ centred_x  # (d, d)
@@ -332,8 +316,7 @@ class AttentionDistance(Distance):
 class ContrastiveDistance(ConcatDistance):
     """CoDIR (Sun et al., 2020) as InfoNCE: the teacher's vector has to find the student's vector of
     the same example among those of num_negatives examples with another label, which a memory bank
-    keeps. `labels` (N,) are those of all training examples; for floats, a regression, all other
-    examples are negatives. `forward` raises ValueError without `index` (B,), the batch's rows."""
+    keeps. `labels` (N,) are of all training examples; for floats all others are negatives."""
 
     def __init__(
         self,
@@ -427,7 +410,6 @@ METHODS = {
 
 # ==== the command
 TASKS = ("toy", "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
-# Other tasks are judged by accuracy. The first metric selects the best epoch.
 METRICS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"]}
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -455,14 +437,13 @@ def positive(text):
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> the flags. A mistake ends the program with one line."""
-    style = {"usage": argparse.SUPPRESS, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser("railkd.py", allow_abbrev=False, **style)
-    flag = parser.add_argument_group("task and models").add_argument
+    parser = argparse.ArgumentParser("railkd.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    flag = parser.add_argument_group("task, models and data").add_argument
     flag("--task", help=f"{', '.join(TASKS)}; for own files any other name, or none")
     flag("--method", default="rail-l", choices=METHODS, help="a row of METHODS")
     flag("--teacher", default="google-bert/bert-base-uncased", help="hub name or folder; paper")
     flag("--student", default="distilbert/distilbert-base-uncased", help="the same; paper")
-    flag = parser.add_argument_group("data").add_argument
     flag("--data-root", help="read clones of the hub's data: DIR/nyu-mll/glue", metavar="DIR")
     flag("--train-file", help="own csv, tsv, json lines or parquet: label, and one or two texts")
     flag("--validation-file", help="own data to evaluate on, with the same columns")
@@ -485,19 +466,15 @@ def parse(argv=None) -> argparse.Namespace:
     flag("--temperature", type=float, default=2.0, help="of the KD term")
     flag("--proj-dim", type=positive, help="width of the maps; paper and without this flag: 128")
     flag("--shared-proj", action=argparse.BooleanOptionalAction, help="one map for all slots")
-    flag(
-        "--teacher-proj", choices=("frozen", "trained"), help="frozen but in codir; paper: trained"
-    )
+    flag("--teacher-proj", choices=("frozen", "trained"), help="frozen (codir, paper: trained)")
     flag("--start", default="ridge", choices=("ridge", "random"), help="of maps; paper: random")
-    flag = parser.add_argument_group("fine-tuning of a teacher without a head").add_argument
-    flag("--teacher-epochs", type=positive, default=3, help=" ")
-    flag("--teacher-lr", type=float, default=2e-5, help=" ")
-    flag = parser.add_argument_group("output").add_argument
+    flag("--teacher-epochs", type=positive, default=3, help="if it has no head for the task yet")
+    flag("--teacher-lr", type=float, default=2e-5, help="the same")
+    flag = parser.add_argument_group("output and prediction").add_argument
     flag("--output-dir", default="runs", help="results go to DIR/TASK/METHOD[-NAME]-seedN")
     flag("--name", help="tells runs of one method apart")
     flag("--overwrite", action="store_true", help="do a finished run again")
     flag("--report", metavar="DIR", help="only print a table of the finished runs in DIR")
-    flag = parser.add_argument_group("prediction").add_argument
     flag("--predict", metavar="RUN", help="only answer GLUE's test split with a run's model")
     flag("--test-file", help="with --predict: answer this file, and score it if it has labels")
     flag("--label-map", metavar="ANSWER=LABEL,..", help="what that file calls the model's answers")
@@ -555,7 +532,6 @@ def check_same(what, now, before):
         raise UserError(f"{what} is of a run with other {flags}; tell them apart by --name NAME")
 
 
-# ---- the machine
 class Machine:
     """The device, the precision and, under torchrun, which of how many processes this is."""
 
@@ -568,8 +544,7 @@ class Machine:
         transformers.logging.set_verbosity_error()  # it would report that the head is new
         self.rank = int(os.environ.get("RANK", 0))
         self.num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        fastest = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = args.device or ("cuda" if torch.cuda.is_available() else fastest)
+        name = str(args.device or torch.accelerator.current_accelerator() or "cpu")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         with as_user_error(f"--device {name}"):
             self.device = torch.ones(1, device=name).device
@@ -595,19 +570,12 @@ class Machine:
         return box[0]
 
 
-# ---- files
 def write(path, content: bytes):
     """Even if the program is killed, a file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
     unfinished.write_bytes(content)
     unfinished.replace(path)
-
-
-def rename_once(unfinished, folder):
-    with contextlib.suppress(OSError):  # if another run was first, its folder stays
-        unfinished.rename(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_results(folder) -> dict:
@@ -618,31 +586,59 @@ def read_results(folder) -> dict:
 
 
 # ---- data
-class TaskData(NamedTuple):
-    """A split is "train" or one of those to evaluate on, `dev`."""
+class Data:
+    """The data of a task by split, "train" and those of `dev`. texts: a `datasets.Dataset` of one
+    or two columns; labels (N,): numbers of the classes in `names`, or floats for a regression."""
 
-    task: str
-    dev: list[str]
-    texts: dict  # split -> a `datasets.Dataset` of one or two columns of text
-    labels: dict  # split -> (N,): numbers of classes, or 32-bit floats for a regression
-    names: list[str]  # of the classes; none for a regression
-    fingerprint: str
+    def __init__(self, args):
+        from datasets import Dataset
+        from datasets.fingerprint import Hasher
+
+        files = {"train": args.train_file, "validation": args.validation_file}
+        if args.train_file:
+            splits = {split: read_file(path) for split, path in files.items()}
+        elif args.task == "toy":
+            sizes = {"train": 3000, "validation": 1000}
+            splits = {split: Dataset.from_dict(toy_data(split, sizes[split])) for split in sizes}
+        else:
+            splits = read_glue(args)
+        self.dev = sorted(split for split in splits if split.startswith("validation"))
+        self.task, self.texts, self.labels, self.names = args.task, {}, {}, []
+        for split in ["train", *self.dev]:
+            where = files.get(split) or f"{args.task}, {split}"
+            self.texts[split], words = read_columns(splits[split], where)
+            if not words:
+                raise UserError(f"{where}: there is no column label, or no label but '-1'")
+            is_score = all(map(NUMBER.fullmatch, words)) and any("." in word for word in words)
+            if split == "train" and not is_score:
+                found = sorted(set(words) - {"-1"})
+                self.names = getattr(splits[split].features["label"], "names", found)
+            self.labels[split] = number_labels(words, self.names, where)
+        size = len(self.labels["train"])
+        few = min(size, args.max_train_examples or size)
+        rows = sorted(random.Random("subset").sample(range(size), few))
+        self.texts["train"] = self.texts["train"].select(rows)
+        self.labels["train"] = self.labels["train"][rows]
+        if len(self.labels["train"].unique()) < 2:
+            raise UserError(f"{args.train_file or args.task}: all labels are the same")
+        content = [[self.texts[x][:], self.labels[x].tolist()] for x in self.texts]
+        self.fingerprint = Hasher.hash([self.names, content])
 
     def score(self, logits: dict) -> dict:
         """split -> logits (N, C). The metrics of all dev splits; the first selects the epoch."""
         scores = {}
         for split in self.dev:
             answers = logits[split].argmax(dim=1) if self.names else logits[split][:, 0]
+            metrics = measure(self.task, answers, self.labels[split])
             suffix = "_mismatched" if split == "validation_mismatched" else ""  # MNLI has two
-            for name, value in measure(self.task, answers, self.labels[split]).items():
-                scores[name + suffix] = value
+            scores |= {name + suffix: value for name, value in metrics.items()}
         return scores
 
-    def constant_score(self) -> float:
-        """The score of the best answer that is the same for all examples."""
+    def majority_score(self) -> float:
+        """The score of the most frequent label as the answer to all examples."""
         labels = self.labels[self.dev[0]]
-        constants = [torch.full_like(labels, i) for i in range(len(self.names) or 1)]
-        return max(next(iter(measure(self.task, x, labels).values())) for x in constants)
+        answers = labels.mode().values.expand(len(labels))
+        return next(iter(measure(self.task, answers, labels).values()))
 
 
 def toy_data(split, size) -> dict:
@@ -670,7 +666,8 @@ def make_toy_model(folder, layers, width):
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(unfinished)
     (unfinished / "vocab.txt").write_text("\n".join(words))
-    rename_once(unfinished, folder)
+    with contextlib.suppress(OSError):  # if another run was first, its model stays
+        unfinished.rename(folder)
 
 
 def read_file(path):
@@ -702,7 +699,7 @@ def read_glue(args):
 
 
 def read_columns(dataset, where):
-    """-> the columns of text, and each row's label as text, or None if there is no such column."""
+    """-> the columns of text, and the labels as text; none if all are -1, as GLUE hides them."""
     ignored = ("label", "idx", "id", "Unnamed: 0")  # the last: the index, in a csv of pandas
     columns = [name for name in dataset.column_names if name not in ignored]
     kinds = {getattr(dataset.features[name], "dtype", None) for name in columns}
@@ -715,8 +712,8 @@ def read_columns(dataset, where):
             if value is None or value != value:
                 raise UserError(f"{where}: row {row} has no {name}")
     names = dict(enumerate(getattr(dataset.features.get("label"), "names", [])))  # a ClassLabel's
-    words = [str(names.get(x, x)) for x in dataset["label"][:]] if labels else None
-    return dataset.select_columns(columns), words
+    words = [str(names.get(x, x)) for x in dataset["label"][:]] if labels else []
+    return dataset.select_columns(columns), [] if set(words) == {"-1"} else words
 
 
 def number_labels(words, names, where) -> Tensor:
@@ -725,45 +722,9 @@ def number_labels(words, names, where) -> Tensor:
         return torch.tensor([names.index(word) if names else float(word) for word in words])
 
 
-def load_data(args) -> TaskData:
-    """Read a task's data, check it, and cut the training data to --max-train-examples."""
-    from datasets import Dataset
-    from datasets.fingerprint import Hasher
-
-    files = {"train": args.train_file, "validation": args.validation_file}
-    if args.train_file:
-        splits = {split: read_file(path) for split, path in files.items()}
-    elif args.task == "toy":
-        sizes = {"train": 3000, "validation": 1000}
-        splits = {split: Dataset.from_dict(toy_data(split, sizes[split])) for split in sizes}
-    else:
-        splits = read_glue(args)
-    dev = sorted(split for split in splits if split.startswith("validation"))
-    texts, labels, names = {}, {}, []
-    for split in ["train", *dev]:
-        where = files.get(split) or f"{args.task}, {split}"
-        texts[split], words = read_columns(splits[split], where)
-        if set(words or ["-1"]) == {"-1"}:  # -1 means that there is no label
-            raise UserError(f"{where}: there is no column label, or no label but '-1'")
-        is_regression = all(map(NUMBER.fullmatch, words)) and any("." in word for word in words)
-        if split == "train" and not is_regression:
-            found = sorted(set(words) - {"-1"})
-            names = getattr(splits[split].features["label"], "names", found)
-        labels[split] = number_labels(words, names, where)
-    rows = range(len(labels["train"]))
-    few = min(len(rows), args.max_train_examples or len(rows))
-    rows = sorted(random.Random("subset").sample(rows, few))
-    texts["train"], labels["train"] = texts["train"].select(rows), labels["train"][rows]
-    if len(labels["train"].unique()) < 2:
-        raise UserError(f"{args.train_file or args.task}: all labels are the same")
-    fingerprint = Hasher.hash([[names, texts[x][:], labels[x].tolist()] for x in texts])
-    return TaskData(args.task, dev, texts, labels, names, fingerprint)
-
-
-# ---- encoders
 class Encoder:
-    """A model of `transformers` that classifies or scores texts, with its tokenizer. A "student"
-    gets a new head, unless it has one of this size; `has_head` tells whether others have one."""
+    """A model of `transformers` that classifies or scores texts, with its tokenizer. A head that
+    is not there is made, and for a "student" also one whose size does not fit."""
 
     def __init__(self, role, name, labels, args, machine):
         import transformers as hf
@@ -771,8 +732,7 @@ class Encoder:
         answers, options = labels or ["score"], {"trust_remote_code": False}
         with as_user_error(f"cannot load the {role} {name}"):
             config = hf.AutoConfig.from_pretrained(name, **options)
-            kinds = str(config.architectures)
-            self.has_head = role != "student" and "ForSequenceClassification" in kinds
+            self.has_head = role != "student" and "SequenceClass" in str(config.architectures)
             if not self.has_head:
                 config.id2label = dict(enumerate(answers))
                 config.label2id = {answer: i for i, answer in enumerate(answers)}
@@ -787,7 +747,7 @@ class Encoder:
                 raise ValueError(f"a tokenizer of {words} words does not fit {vectors} embeddings")
             if self.model.num_labels != len(answers):
                 raise ValueError(f"it has {self.model.num_labels} labels, the data {len(answers)}")
-        self.order = label_order(name, config.id2label, answers) if self.has_head else slice(None)
+        self.order = label_order(config.id2label, answers) if self.has_head else slice(None)
         self.name, self.machine, self.model = str(name), machine, self.model.float()
         self.model.to(machine.device)
         self.inputs = set(inspect.signature(self.model.forward).parameters)
@@ -799,8 +759,7 @@ class Encoder:
                 first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa: 2
                 self.max_length = min(self.max_length, module.num_embeddings - first)
         self.num_params = self.model.num_parameters()
-        size = f"{self.num_layers} x {self.width}, {self.num_params / 1e6:.2f} M parameters"
-        self.title = f"{name} ({config.model_type}, {size})"
+        self.title = f"{name} ({self.num_layers} x {self.width}, {self.num_params:,} parameters)"
 
     def tokenize(self, texts):
         """A `datasets.Dataset` of one or two columns of text -> one of tokens."""
@@ -810,9 +769,8 @@ class Encoder:
         return texts.map(lambda batch: self.tokenizer(*batch.values(), **cut), **options)
 
     def run(self, batch, share=None):
-        """Tokens -> logits (B, C) in 32 bits, in the order of the data's labels, blocks + 1 hidden
-        states (B, L, d), and mask (B, L). With a share the word embeddings are mixed with those of
-        the reversed batch, and the masks united (CR-ILD)."""
+        """Tokens -> logits (B, C) in the order of the data's labels, hidden states (B, L, d), mask.
+        A share mixes the word embeddings with those of the reversed batch (CR-ILD)."""
         device, dtype = self.machine.device.type, self.machine.dtype
         inputs = {name: batch[name] for name in batch if name in self.inputs}
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -839,34 +797,24 @@ class Encoder:
         return torch.cat(logits)[back], torch.cat(states)[back]
 
     def save(self, folder):
-        if self.machine.rank > 0:
-            return  # the first process does it for all
-        unfinished = folder.with_name(folder.name + ".partial")
         with as_user_error(f"cannot write {folder}"):
-            self.model.save_pretrained(unfinished)
-            self.tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
 
-def label_order(name, id2label, labels) -> list[int]:
+def label_order(id2label, labels) -> list[int]:
     """Where each of the data's labels stands among a model's answers. The names in its config
-    decide, as in the scripts of transformers; LABEL_0, LABEL_1, .. are taken in this order."""
-    theirs = [str(id2label[i]) for i in sorted(id2label)]
-    for fold in (str, str.lower):  # exact names first, then whatever their case
-        found, wanted = [fold(x) for x in theirs], [fold(x) for x in labels]
-        if sorted(found) == sorted(wanted) and len(set(found)) == len(found):
-            return [found.index(x) for x in wanted]
-    if len(labels) > 1 and theirs != [f"LABEL_{i}" for i in range(len(labels))]:
-        print(f"WARNING: the labels {theirs} of {name} are taken for {labels}, in this order")
+    decide, as in the scripts of transformers; other names, as LABEL_0, keep their order."""
+    theirs = [str(id2label[i]).lower() for i in sorted(id2label)]
+    ours = [label.lower() for label in labels]
+    if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
+        return [theirs.index(label) for label in ours]
     return list(range(len(labels)))
 
 
-# ---- the teacher's answers
-def ask_teacher(teacher, texts, pool, args, machine):
-    """What the frozen teacher says of a split, asked once and kept in OUTPUT_DIR/teacher-cache: a
-    `datasets.Dataset` of logits_t and, with a pooling, layer_1 .. layer_n. The name of the file is
-    a hash of all that the answers depend on."""
+def ask_teacher(teacher, texts, pool, args):
+    """What the teacher says of a split: logits_t and, with a pooling, layer_1 .. layer_n. The table
+    is kept in OUTPUT_DIR/teacher-cache, under a hash of all that it depends on."""
     import datasets
     from datasets import Dataset, Features, List, Value
     from datasets.fingerprint import Hasher
@@ -878,7 +826,7 @@ def ask_teacher(teacher, texts, pool, args, machine):
         states = states.clamp(-65504, 65504).half().numpy()  # the range of 16 bits
         return {"logits_t": logits.numpy(), **{f"layer_{i}": states[:, i - 1] for i in layers}}
 
-    layers = range(1, teacher.num_layers + 1) if pool else []
+    machine, layers = teacher.machine, range(1, teacher.num_layers + 1) if pool else []
     tokens = teacher.tokenize(texts)
     features = {f"layer_{i}": List(Value("float16"), length=teacher.width) for i in layers}
     features["logits_t"] = List(Value("float32"), length=teacher.model.num_labels)
@@ -900,24 +848,18 @@ def ask_teacher(teacher, texts, pool, args, machine):
 
 
 # ---- training
-class Examples:
-    """The rows of a batch -> the batch on the CPU: tokens, labels, and the teacher's answers."""
-
-    def __init__(self, tokens, tokenizer, labels, answers, layers_t):
-        self.tokens, self.tokenizer, self.labels = tokens, tokenizer, labels
-        self.answers, self.layers = answers, [f"layer_{i}" for i in layers_t or []]
-        if answers is not None:  # the drawn layers are all that is read, each of them once
-            self.answers = answers.select_columns(["logits_t", *sorted(set(self.layers))])
-
-    def __getitem__(self, rows):
-        batch = dict(self.tokenizer.pad(self.tokens[rows], return_tensors="pt"))
-        batch["rows"], batch["label"] = torch.tensor(rows), self.labels[rows]
-        if self.answers is not None:
-            answers = self.answers[rows]
-            batch["logits_t"] = answers["logits_t"]
-        if self.layers:
-            batch["states_t"] = torch.stack([answers[x] for x in self.layers], dim=1)  # (B, k, d_t)
-        return batch
+def make_batch(rows, sources) -> dict:
+    """The rows of a batch -> tokens, labels and the teacher's answers, on the CPU."""
+    tokens, tokenizer, labels, answers, layers_t = sources
+    batch = dict(tokenizer.pad(tokens[rows], return_tensors="pt"))
+    batch["rows"], batch["label"] = torch.tensor(rows), labels[rows]
+    if answers is not None:
+        found = answers[rows]
+        batch["logits_t"] = found["logits_t"]
+    if layers_t is not None:
+        states = [found[f"layer_{i}"] for i in layers_t]
+        batch["states_t"] = torch.stack(states, dim=1)  # (B, k, d_t)
+    return batch
 
 
 def draw_batches(lengths, size, seed, epoch, machine) -> list[list[int]]:
@@ -936,9 +878,7 @@ def draw_batches(lengths, size, seed, epoch, machine) -> list[list[int]]:
 
 
 def mixup_loss(mixed: Tensor, clean: Tensor, share: float) -> Tensor:
-    """CR-ILD's consistency (Ko et al., 2023): how far states (B, m, d) of mixed inputs are from the
-    clean ones, which get no gradient. An input is mixed of `share` parts of its own text and
-    1 - share parts of its place in the reversed batch."""
+    """CR-ILD's consistency (Ko et al., 2023): mixed states (B, m, d) against both clean ones."""
     to_own = unit_distance(mixed, clean.detach()).mean()
     to_other = unit_distance(mixed, clean.detach().flip(0)).mean()
     return share * to_own + (1 - share) * to_other
@@ -947,21 +887,19 @@ def mixup_loss(mixed: Tensor, clean: Tensor, share: float) -> Tensor:
 class Objective(nn.Module):
     """What a stage minimises: Eq. 4."""
 
-    def __init__(self, student, stage, epochs, ild, args, num_checkpoints):
+    def __init__(self, student, stage, epochs, ild, args):
         super().__init__()
         self.student, self.stage, self.epochs = student, stage, epochs
         self.model, self.ild = student.model, ild if stage.ild else None
-        self.temperature, self.max_temperature = args.temperature, None
-        self.num_checkpoints, self.checkpoint = num_checkpoints, num_checkpoints - 1
+        self.temperature = args.temperature
+        self.max_temperature = 7.0 if stage.anneal else None
 
     def set_epoch(self, epoch):
         """What changes with the epoch: the draw, and what moves in CR-ILD and Pro-KD."""
         past, length = epoch - self.epochs.start, len(self.epochs)
         self.progress = (past + 1) / length  # CR-ILD
-        if self.stage.anneal:  # Pro-KD: T falls from 7 to 1, and the teacher grows up
-            self.max_temperature = 7.0
+        if self.stage.anneal:  # Pro-KD: the temperature falls from 7 to 1
             self.temperature = 1 + (self.max_temperature - 1) * (1 - past / max(1, length - 1))
-            self.checkpoint = past * self.num_checkpoints // length
         if self.ild is not None:
             self.ild.set_epoch(epoch)
 
@@ -969,10 +907,8 @@ class Objective(nn.Module):
         """A batch of Examples -> loss, ce, kd, ild and mix; a term that is not used is 0."""
         weight, label = self.stage, batch["label"]
         logits_s, hidden_s, mask_s = self.student.run(batch)
-        if label.is_floating_point():
-            ce = F.mse_loss(logits_s.squeeze(1), label)
-        else:
-            ce = F.cross_entropy(logits_s, label)
+        fit = F.mse_loss if label.is_floating_point() else F.cross_entropy
+        ce = fit(logits_s.squeeze(1), label)  # the scores of a regression are (B, 1)
         if not weight.ce:
             ce = ce.detach()  # it is only shown
         kd = ild = mix = torch.zeros_like(ce)
@@ -987,19 +923,6 @@ class Objective(nn.Module):
             mix = self.progress * mixup_loss(self.ild.pool_s(hidden, mask), states_s, share)
         loss = weight.ce * ce + weight.kd * kd + weight.ild * ild + weight.mix * mix  # Eq. 4
         return torch.stack([loss, *(term.detach() for term in (ce, kd, ild, mix))])
-
-
-def make_optimizer(objective, args, num_steps, machine) -> dict:
-    """What has a state beside the objective. Biases and norms, of one dimension, do not decay."""
-    from transformers import get_linear_schedule_with_warmup
-
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    decayed = {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}
-    others = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([decayed, others], lr=args.lr, fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * num_steps), num_steps)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    return {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
 
 
 def train_epoch(net, loader, parts, machine, epoch) -> dict:
@@ -1034,83 +957,92 @@ def train_epoch(net, loader, parts, machine, epoch) -> dict:
     return means | {"seconds": seconds, "examples_per_s": count / seconds}
 
 
-def train(student, data, tokens, args, machine, folder, answers=(), ild=None, keep_epochs=False):
-    """Train in all stages and save the student of the best epoch in folder/model, with keep_epochs
-    those of all epochs too -> what results.json says of it. A run that was stopped goes on after
-    its last whole epoch. tokens: of all splits; answers: of each checkpoint of the teacher."""
+def train(student, data, args, machine, folder, answers=(), ild=None, keep_epochs=False):
+    """Train in all stages and save the best epoch's student in folder/model -> what results.json
+    says of it. A run that was stopped goes on after its last whole epoch."""
+    from transformers import get_linear_schedule_with_warmup
+
     stages, path = stages_of(args), folder / "checkpoint.pt"
-    facts = settings(args) | {"training data": data.fingerprint, "precision": str(machine.dtype)}
-    facts["teacher's answers"] = [x.cache_files[0]["filename"] for x in answers]
-    facts["number of processes"] = machine.num_processes
-    history, best, stage_done, cosine = [], None, 0, mean_cosine(student, data, tokens, ild)
+    facts = settings(args) | {"training data": data.fingerprint}
+    facts["precision or processes"] = f"{machine.dtype}, {machine.num_processes}"
+    facts["teacher's answers"] = [Path(x.cache_files[0]["filename"]).stem for x in answers]
+    tokens = {split: student.tokenize(texts) for split, texts in data.texts.items()}
+    lengths = list(map(len, tokens["train"]["input_ids"][:]))
+    cut = sum(length >= student.max_length for length in lengths)
+    print(f"data     {len(lengths)} examples, {cut} reach the limit of {student.max_length} tokens")
+    history, best, stage_done, cosine = [], None, 0, mean_cosine(student, tokens[data.dev[0]], ild)
     if path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_same(path, facts, saved["facts"])
         history, best, stage_done = saved["history"], saved["best"], saved["history"][-1]["stage"]
         print(f"resumed after epoch {len(history)}", flush=True)
-    lengths = list(map(len, tokens["train"]["input_ids"][:]))
     batch_size, half = args.batch_size * machine.num_processes, args.epochs // len(stages)
     for number, stage in enumerate(stages, 1):
-        if number < stage_done:
-            continue
         epochs = range(1, half + 1) if number == 1 else range(half + 1, args.epochs + 1)
-        objective = net = Objective(student, stage, epochs, ild, args, len(answers))
-        num_steps = math.ceil(len(lengths) / batch_size) * len(epochs)
-        parts = {"objective": objective, **make_optimizer(objective, args, num_steps, machine)}
+        objective = net = Objective(student, stage, epochs, ild, args)
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}
+        others = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW([matrices, others], lr=args.lr, fused=True)
+        steps = math.ceil(len(lengths) / batch_size) * len(epochs)
+        schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
+        scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        parts["objective"] = objective
         if machine.num_processes > 1:  # static_graph: what gets no gradient never gets one
             net = nn.parallel.DistributedDataParallel(objective, static_graph=True)
         if number == stage_done:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        elif number > 1:
-            if stages[number - 2].then == "best":
-                student.model.load_state_dict(best["weights"])
-            best = None
+        elif number > stage_done:
+            best = None  # each stage has a best epoch of its own
         for epoch in range(max(epochs.start, len(history) + 1), epochs.stop):
-            waited = epoch - 1 - best["epoch"] if best else 0
-            if args.patience and waited >= args.patience and number == len(stages):
-                print(f"stopped: nothing better for {waited} epochs", flush=True)
+            patience = args.patience if number == len(stages) else None
+            if patience and best and epoch - best["epoch"] > patience:
+                print(f"stopped: nothing better for {patience} epochs", flush=True)
                 break
             torch.manual_seed(random.Random(f"{args.seed} {epoch} {machine.rank}").getrandbits(63))
             objective.set_epoch(epoch)
-            layers_t = objective.ild.layers_t if stage.ild else None
-            asked = answers[objective.checkpoint] if stage.kd or stage.ild else None
-            loader = DataLoader(
-                Examples(tokens["train"], student.tokenizer, data.labels["train"], asked, layers_t),
-                sampler=draw_batches(lengths, batch_size, args.seed, epoch, machine),
-                batch_size=None,  # the sampler gives whole batches
-                num_workers=2 * machine.on_gpu,  # training on a CPU needs all its cores
-                pin_memory=machine.on_gpu,
-                generator=torch.Generator(),  # else it would draw from the global one
-            )
+            layers_t = ild.layers_t if stage.ild else None
+            turn = (epoch - epochs.start) * len(answers) // len(epochs) if stage.anneal else -1
+            columns = {"logits_t", *(f"layer_{i}" for i in layers_t or [])}  # no other is read
+            asked = answers[turn].select_columns(sorted(columns)) if stage.kd or stage.ild else None
+            sources = (tokens["train"], student.tokenizer, data.labels["train"], asked, layers_t)
+            batches = draw_batches(lengths, batch_size, args.seed, epoch, machine)
+            options = {"num_workers": 2, "pin_memory": True} if machine.on_gpu else {}
+            options["generator"] = torch.Generator()  # else it would draw from the global one
+            options["collate_fn"] = functools.partial(make_batch, sources=sources)
+            loader = DataLoader(batches, batch_size=None, **options)
             row = {"stage": number, "epoch": epoch, "layers_t": layers_t}
             row |= train_epoch(net, loader, parts, machine, epoch)
             row |= dict.fromkeys(x for x in ("kd", "ild", "mix") if not getattr(stage, x))
             if machine.rank == 0:
                 row["metrics"] = data.score({x: student.answer(tokens[x])[0] for x in data.dev})
                 row["score"] = next(iter(row["metrics"].values()))
-                row["cosine_s"] = mean_cosine(student, data, tokens, ild)
+                row["cosine_s"] = mean_cosine(student, tokens[data.dev[0]], ild)
             row = machine.agree(row)
             history.append(row)
             is_best = best is None or row["score"] > best["score"]
             if is_best:
                 weights = {x: y.cpu().clone() for x, y in student.model.state_dict().items()}
                 best = {"epoch": epoch, "score": row["score"], "weights": weights}
-            if keep_epochs:
-                student.save(folder / f"epoch-{epoch:03}")
             if machine.rank == 0:
+                if keep_epochs:
+                    student.save(folder / f"epoch-{epoch:03}")
                 state = {name: part.state_dict() for name, part in parts.items()}
                 buffer = io.BytesIO()
                 torch.save(state | {"facts": facts, "history": history, "best": best}, buffer)
                 write(path, buffer.getbuffer())
             told = describe(row | row["metrics"], ("stage", "metrics", "score", "examples_per_s"))
             print(told, "*" if is_best else "", flush=True)
-    student.model.load_state_dict(best["weights"])
-    student.save(folder / "model")
+        if stage.then == "best":
+            student.model.load_state_dict(best["weights"])
+    if machine.rank == 0:
+        student.save(folder / "model")
     scores = {"metric": next(iter(history[-1]["metrics"])), "best_score": best["score"]}
     scores |= {"best_epoch": best["epoch"], "last_score": history[-1]["score"], "history": history}
-    collapsed = 1 - history[best["epoch"] - 1]["cosine_s"] < 0.1 * (1 - cosine)
-    return scores | {"collapsed": collapsed}
+    scores["collapsed"] = 1 - history[best["epoch"] - 1]["cosine_s"] < 0.1 * (1 - cosine)
+    return scores
 
 
 def describe(values, without=()) -> str:
@@ -1118,38 +1050,34 @@ def describe(values, without=()) -> str:
     return "  ".join(f"{x} {y}" for x, y in shown.items() if y is not None and x not in without)
 
 
-# ---- evaluation
 def measure(task, answers, labels) -> dict:
-    """The metrics of a task; one that is undefined, as for constant answers, is 0."""
+    """The metrics of a task, accuracy where METRICS has none; 0 where one is undefined."""
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+    names = METRICS.get(task, ["accuracy"])
     known = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
-    scores = {name: known[name] for name in METRICS.get(task, ["accuracy"])}
     if labels.is_floating_point():
-        scores = {"pearson": lambda *x: pearsonr(*x)[0], "spearman": lambda *x: spearmanr(*x)[0]}
+        names, known = ["pearson", "spearman"], {"pearson": pearsonr, "spearman": spearmanr}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about constant answers
-        values = {
-            name: float(score(labels.numpy(), answers.numpy())) for name, score in scores.items()
-        }
-    return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
+        scores = {name: known[name](labels.numpy(), answers.numpy()) for name in names}
+    scores = {name: float(getattr(x, "statistic", x)) for name, x in scores.items()}
+    return {name: 0.0 if math.isnan(x) else x for name, x in scores.items()}
 
 
-def mean_cosine(student, data, tokens, ild) -> float:
+def mean_cosine(student, tokens, ild) -> float:
     """The alarm for a collapse: the mean cosine between pooled states of different examples, over
     the layers in use, for up to 256 examples. It is 1 if all states point the same way."""
     pool = ild.pool if ild else mean_pool
     layers = ild.layers_s if ild else range(1, max(2, student.num_layers))
-    some = tokens[data.dev[0]]
-    some = some.select(range(0, len(some), math.ceil(len(some) / 256)))
+    some = tokens.select(range(0, len(tokens), math.ceil(len(tokens) / 256)))
     states = F.normalize(student.answer(some, pool, layers)[1], dim=-1)  # (n, m, d)
     n, all_pairs = len(states), states.mean(dim=0).square().sum(dim=-1).mean().item()
     return (n * all_pairs - 1) / max(1, n - 1)  # without those of an example with itself
 
 
-# ---- the teacher
-def consult_teacher(student, data, tokens, args, machine, folder):
+def consult_teacher(student, data, args, machine, folder):
     """-> what results.json says of the teacher, its answers on the training data (for Pro-KD those
     of each of its epochs), and the intermediate loss, ready to train."""
     from datasets.fingerprint import Hasher
@@ -1163,14 +1091,13 @@ def consult_teacher(student, data, tokens, args, machine, folder):
     tuning = argparse.Namespace(**tuning)
     key = Hasher.hash([settings(tuning), data.fingerprint, str(machine.dtype)])
     made = Path(args.output_dir, args.task, f"teacher-{Path(name).name}-{key}")
-    work = folder / "teacher"
     if machine.agree(made.exists()):
         name = made / "model"
     torch.manual_seed(tuning.seed)  # it draws the head
     teacher = Encoder("teacher", name, data.names, args, machine)
     if stages[0].ild or stages[-1].ild:  # before hours of fine-tuning: it may not fit
-        options = {"proj_dim": args.proj_dim, "shared": args.shared_proj, "seed": args.seed}
-        options |= {x: getattr(args, x) for x in ("select", "distance", "teacher_proj")}
+        options = {x: getattr(args, x) for x in ("select", "distance", "teacher_proj", "proj_dim")}
+        options |= {"shared": args.shared_proj, "seed": args.seed}
         if (args.distance or METHODS[args.method].distance) == "contrastive":
             options["labels"] = data.labels["train"]
         options = {name: value for name, value in options.items() if value is not None}
@@ -1180,109 +1107,94 @@ def consult_teacher(student, data, tokens, args, machine, folder):
             ild = IntermediateLoss(args.method, *sizes, **options)
     if not teacher.has_head:
         print(f"teacher  {teacher.title} has no head and is fine-tuned for the task", flush=True)
-        own = {split: teacher.tokenize(texts) for split, texts in data.texts.items()}
-        train(teacher, data, own, tuning, machine, work, keep_epochs=True)
+        train(teacher, data, tuning, machine, folder / "teacher", keep_epochs=True)
         if machine.rank == 0:
-            (work / "checkpoint.pt").unlink()
-            rename_once(work, made)
+            with contextlib.suppress(OSError):  # if another run was first, its teacher stays
+                (folder / "teacher").rename(made)
+            (made / "checkpoint.pt").unlink(missing_ok=True)
         machine.agree()
         teacher = Encoder("teacher", made / "model", data.names, args, machine)
-
-    answers = {x: ask_teacher(teacher, data.texts[x], None, args, machine) for x in data.dev}
-    logits = {split: answers[split]["logits_t"][:] for split in data.dev}
+    logits = {x: ask_teacher(teacher, data.texts[x], None, args)["logits_t"][:] for x in data.dev}
     metrics, labels = data.score(logits), data.labels[data.dev[0]]
     score = next(iter(metrics.values()))
     print(f"teacher  {teacher.title}: {describe(metrics)}", flush=True)
-    is_useless = score <= data.constant_score() + 0.01
+    is_useless = score <= data.majority_score() + 0.01
     if not data.names:  # a correlation does not see the scale
         is_useless = F.mse_loss(logits[data.dev[0]][:, 0], labels) >= labels.var(correction=0)
     if is_useless:
-        reasons = "not fine-tuned, labels in another order (id2label in config.json), other scale"
-        print(
-            f"WARNING: the teacher is no better than one answer for all. Usual reasons: {reasons}"
-        )
+        why = "not fine-tuned, labels in another order (id2label in config.json), other scale"
+        print(f"WARNING: the teacher is no better than one answer for all. Usual reasons: {why}")
     facts = {"teacher": teacher.name, "params_t": teacher.num_params}
     facts |= {"teacher_score": score, "teacher_metrics": metrics}
-
     checkpoints, pool = [teacher], METHODS[args.method].pool
-    if stages[0].anneal:  # it follows the epochs of the fine-tuning, and needs no states
-        folders, pool = sorted(made.glob("epoch-*")), None
+    if stages[0].anneal:  # the student follows the epochs of the fine-tuning
+        folders, pool = sorted(made.glob("epoch-*")), pool if ild else None
         epochs = [Encoder("teacher", x, data.names, args, machine) for x in folders]
         checkpoints = epochs or [teacher]
         print(f"teacher  {len(checkpoints)} checkpoints; with one alone it is Annealing-KD")
-    answers = [ask_teacher(x, data.texts["train"], pool, args, machine) for x in checkpoints]
+    answers = [ask_teacher(x, data.texts["train"], pool, args) for x in checkpoints]
     if ild and args.start == "ridge":
-        size = len(tokens["train"])
-        rows = random.Random("ridge").sample(range(size), min(2000, size))
-        states_s = student.answer(tokens["train"].select(rows), ild.pool, ild.layers_s)[1]
-        columns, blocks = answers[0][rows], range(1, teacher.num_layers + 1)
+        texts = data.texts["train"]
+        rows = random.Random("ridge").sample(range(len(texts)), min(2000, len(texts)))
+        some = student.tokenize(texts.select(rows))
+        states_s = student.answer(some, ild.pool, ild.layers_s)[1]
+        columns, blocks = answers[-1][rows], range(1, teacher.num_layers + 1)
         ild.fit(states_s, torch.stack([columns[f"layer_{i}"] for i in blocks], dim=1))
-    return facts, answers, ild
+    return facts, answers, ild and ild.to(machine.device)
 
 
-# ---- the run
 def run(args) -> dict:
-    """Distil, or tell the results of a finished run again."""
+    """Distil, unless that is done already, and print what came of it."""
     name = "-".join(filter(None, (args.method, args.name, f"seed{args.seed}")))
     folder = Path(args.output_dir, args.task, name)
     if args.overwrite or not (folder / "results.json").exists():
         distil(args, folder)
     results = read_results(folder)
     check_same(folder, settings(args), results["config"])
-    if results["teacher"]:
-        print(f"teacher  {results['metric']} {results['teacher_score']:.4f}")
-    found = f"{results['metric']} {results['best_score']:.4f} in epoch {results['best_epoch']}"
-    print(f"student  {found}\nmodel    {results['model']}")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    names = ("metric", "teacher_score", "best_score", "best_epoch", "model")
+    print(describe({name: results[name] for name in names}))
     if results["collapsed"]:
         print("WARNING: the student has collapsed, its states are all alike")
     return results
 
 
 def distil(args, folder):
-    """From the data to a finished student in its folder."""
+    """From the data to a finished student and its results in the folder."""
     machine = Machine(args)
-    for role, layers, width in (("teacher", 4, 96), ("student", 3, 16)):
-        toy = Path(args.output_dir, "toy", f"toy-{role}")
-        if args.task == "toy" and machine.rank == 0 and not toy.exists():
-            make_toy_model(toy, layers, width)
+    toy = Path(args.output_dir, "toy")
+    if args.task == "toy" and machine.rank == 0 and not (toy / "toy-student").exists():
+        make_toy_model(toy / "toy-teacher", layers=4, width=96)
+        make_toy_model(toy / "toy-student", layers=3, width=16)
     machine.agree()
-    data = load_data(args)
+    data = Data(args)
+    columns, kind = data.texts["train"].column_names, ", ".join(data.names) or "a score"
+    print(f"task     {args.task}: {' and '.join(columns)} -> {kind}")
     torch.manual_seed(args.seed)  # it draws the student's head
     student = Encoder("student", args.student, data.names, args, machine)
-    tokens = {split: student.tokenize(texts) for split, texts in data.texts.items()}
-    columns, longest = data.texts["train"].column_names, student.max_length
-    cut = sum(len(ids) >= longest for ids in tokens["train"]["input_ids"][:])
-    kind = f"{len(data.names)} classes" if data.names else "a regression"
-    told = f"{len(tokens['train'])} training examples of {' and '.join(columns)}, {kind}"
-    print(f"data     {told}; {cut} of them reach the limit of {longest} tokens")
-    facts = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
+    results = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
     answers, ild = [], None
     if args.teacher:
-        facts, answers, ild = consult_teacher(student, data, tokens, args, machine, folder)
-    if ild:
-        ild.to(machine.device)
+        results, answers, ild = consult_teacher(student, data, args, machine, folder)
     device = f"{machine.device}, {machine.dtype}"
     print(f"student  {student.title}\nmethod   {args.method} on {device}", flush=True)
     if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
         shutil.rmtree(folder)
     machine.agree()
-    results = {"task": args.task, "method": args.method, "seed": args.seed, **facts}
-    results |= train(student, data, tokens, args, machine, folder, answers, ild)
-    results |= {"labels": data.names or None, "columns": columns, "params_s": student.num_params}
-    results |= {"model": str(folder / "model"), "config": settings(args), "device": device}
-    results["versions"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    if results["best_score"] <= data.constant_score() + 0.01:
+    results |= train(student, data, args, machine, folder, answers, ild)
+    results |= {"task": args.task, "method": args.method, "seed": args.seed, "columns": columns}
+    results |= {"labels": data.names or None, "params_s": student.num_params, "device": device}
+    versions = {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")}
+    results |= {"model": str(folder / "model"), "config": settings(args), "versions": versions}
+    if results["best_score"] <= data.majority_score() + 0.01:
         print("WARNING: the student has learned nothing, one answer for all is as good")
     if machine.rank == 0:
         write(folder / "results.json", json.dumps(results, indent=1).encode())
-        (folder / "checkpoint.pt").unlink()
     machine.agree()
 
 
-# ---- predictions
 def predict(args) -> dict:
-    """Answer GLUE's test split, or --test-file, with the model of a finished run -> what is in
-    predictions.json."""
+    """Answer GLUE's test split or --test-file -> what is in predictions.json."""
     results, folder, where = read_results(args.predict), Path(args.predict), args.test_file
     names, task, columns = results["labels"] or [], results["task"], results["columns"]
     student = Encoder("model", folder / "model", names, args, Machine(args))
@@ -1293,14 +1205,11 @@ def predict(args) -> dict:
         called = names if task in ("mnli", "qnli", "rte") else range(len(names))
         for split, dataset in read_glue(args).items():
             if split.startswith("test"):
-                table = answer_table(student, read_columns(dataset, split)[0], called)
-                table = table[["prediction"]] if names else table.clip(0, 5)
                 end = {"test_matched": "-m", "test_mismatched": "-mm"}.get(split, "")
-                text = table.to_csv(sep="\t", index_label="index", float_format="%.3f")
-                write(folder / "submission" / f"{title}{end}.tsv", text.encode())
+                path = folder / "submission" / f"{title}{end}.tsv"
+                write_answers(path, student, read_columns(dataset, split)[0], called, True)
         print(f"answers  {folder / 'submission'}")
         return {}
-
     texts, words = read_columns(read_file(where), where)
     if len(texts.column_names) != len(columns):
         raise UserError(f"{where}: need the texts {columns}, not {texts.column_names}")
@@ -1312,47 +1221,48 @@ def predict(args) -> dict:
         raise UserError(f"--label-map: give ANSWER=LABEL for each of {', '.join(names)}")
     called = [called[name] for name in names]
     classes = list(dict.fromkeys(called))  # several answers may share a label
-    has_labels = set(words or ["-1"]) != {"-1"}  # GLUE hides labels as -1
-    labels = number_labels(words, classes, where) if has_labels else None
-    table = answer_table(student, texts, called)
-    text = table.to_csv(sep="\t", index_label="index", float_format="%.4f")
-    write(folder / "predictions.tsv", text.encode())
+    labels = number_labels(words, classes, where) if words else None
+    answers = write_answers(folder / "predictions.tsv", student, texts, called, False)
     (folder / "predictions.json").unlink(missing_ok=True)  # of another file
     found = {"file": where, "n": len(texts)}
-    if has_labels:
-        found["metrics"] = measure(task, number_labels(table["prediction"], classes, where), labels)
+    if words:
+        found["metrics"] = measure(task, number_labels(answers, classes, where), labels)
         print(f"student  {describe(found['metrics'])}")
         write(folder / "predictions.json", json.dumps(found, indent=1).encode())
     print(f"answers  {folder / 'predictions.tsv'}")
     return found
 
 
-def answer_table(student, texts, called):
-    """-> a `pandas.DataFrame` of the prediction and, for classes, its probability."""
+def write_answers(path, student, texts, called, for_server):
+    """Write a tsv of the answers, by the names that they are called -> the answers."""
     import pandas
 
     logits = student.answer(student.tokenize(texts))[0]
-    if not called:  # a regression
-        return pandas.DataFrame({"prediction": logits[:, 0].tolist()})
-    probability, number = logits.softmax(dim=1).max(dim=1)
-    predictions = [called[i] for i in number]
-    return pandas.DataFrame({"prediction": predictions, "probability": probability.tolist()})
+    if called:
+        answers = [called[i] for i in logits.argmax(dim=1)]
+    else:  # a regression; those of GLUE's server are from 0 to 5
+        answers = (logits[:, 0].clamp(0, 5) if for_server else logits[:, 0]).tolist()
+    table = pandas.DataFrame({"prediction": answers})
+    if called and not for_server:
+        table["probability"] = logits.softmax(dim=1).amax(dim=1).tolist()
+    digits = "%.3f" if for_server else "%.4f"
+    write(path, table.to_csv(sep="\t", index_label="index", float_format=digits).encode())
+    return answers
 
 
-# ---- the report
 def report(folder) -> dict:
     """The table of all finished runs below a folder, mean and deviation over the seeds."""
-    scores, tasks = {}, []  # (row, task) -> the scores x 100; a teacher counts once for all runs
+    scores = {}  # (row, task) -> the scores x 100
     for path in sorted(Path(folder).rglob("*-seed*/results.json")):
-        results = read_results(path.parent)
-        task, row = results["task"], path.parent.name.rpartition("-seed")[0]
-        tasks += [] if task in tasks else [task]
-        scores.setdefault((row, task), []).append(100 * results["best_score"])
+        results, row = read_results(path.parent), path.parent.name.rpartition("-seed")[0]
+        scores.setdefault((row, results["task"]), []).append(100 * results["best_score"])
         if results["teacher"]:
-            of_teacher = scores.setdefault(("teacher", task), [])
-            of_teacher += {100 * results["teacher_score"]}.difference(of_teacher)
+            of_teacher = scores.setdefault(("teacher", results["task"]), [])
+            if 100 * results["teacher_score"] not in of_teacher:  # it counts once for all runs
+                of_teacher.append(100 * results["teacher_score"])
     if not scores:
         raise UserError(f"there is no finished run (results.json) in {folder}")
+    tasks = list(dict.fromkeys(task for _, task in scores))  # each of them once
     print(f"| method | {' | '.join(tasks)} | average |\n|---{'|---' * len(tasks)}|---|")
     for row in sorted({row for row, _ in scores}, key=lambda row: (row != "teacher", row)):
         cells, means = ["-"] * len(tasks), []
@@ -1367,11 +1277,10 @@ def report(folder) -> dict:
 
 
 def main(argv=None) -> dict:
-    """Run a command line -> the results, or what --report or --predict found. Mistakes of the user,
-    a full disk and a missing network end in SystemExit, with one line."""
+    """Run a command line -> its results. What a user can mend ends in SystemExit, with one line."""
     is_first = os.environ.get("RANK", "0") == "0"  # under torchrun it speaks for all
     try:
-        with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(sys.stdout if is_first else None):
             args = parse(argv)
             if args.report:
                 return report(args.report)
