@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 # in use, n teacher blocks, u width of the maps, C classes, N training examples. hidden_states[0]
 # is the output of the embeddings, hidden_states[i] that of block i.
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 1: the mean over each example's tokens, (B, L, d), (B, L) -> (B, d), in 32 bits. Padding
+    """Eq. 1: hidden (B, L, d), mask (B, L) -> the mean over the tokens (B, d), in 32 bits. Padding
     never matters, not even NaN in it; without tokens the mean is 0. ValueError for other shapes."""
     if hidden.ndim != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(f"need hidden (B, L, d), mask (B, L), not {hidden.shape}, {mask.shape}")
@@ -66,7 +66,7 @@ def unit_distance(s: Tensor, t: Tensor) -> Tensor:
 
 class Distance(nn.Module):
     """Base of all distances: distance(states_s (B, m, d_s), states_t (B, k, d_t)) -> scalar.
-    `proj_s` maps the student's states towards the `targets`, `proj_t` maps the teacher's."""
+    `proj_s`, a linear map or one for each slot, leads the student's states to the `targets`."""
 
     def targets(self, states_t: Tensor) -> Tensor:
         return F.normalize(self.proj_t(states_t), dim=-1)
@@ -83,7 +83,7 @@ class LayerwiseDistance(Distance):
         self.register_buffer("alpha", torch.tensor([1.0] * num_slots if alpha is None else alpha))
         self.proj_s = nn.Linear(d_s, proj_dim) if shared else SlotLinear(num_slots, d_s, proj_dim)
         self.proj_t = nn.Linear(d_t, proj_dim) if shared else SlotLinear(num_slots, d_t, proj_dim)
-        self.proj_t.requires_grad_(False)  # if both maps are trained, they agree on a constant
+        self.proj_t.requires_grad_(False)  # if both are trained, they collapse to a constant
 
     def forward(self, states_s: Tensor, states_t: Tensor, index=None) -> Tensor:
         s = self.proj_s(states_s)  # (B, m, u)
@@ -129,7 +129,7 @@ def kd_loss(logits_s, logits_t, temperature: float, max_temperature: float | Non
 class IntermediateLoss(nn.Module):
     """The intermediate term of a method: which layers, how pooled, and how far apart.
 
-        ild.fit(states_s, states_t)                                     # once, before training
+        ild.fit(states_s, states_t)                      # once; states_t of all blocks, (N, n, d_t)
         ild.set_epoch(epoch)                                            # in every epoch: the draw
         loss = ild(ild.pool_s(hidden_s, mask_s), ild.pool_t(hidden_t, mask_t))     # in every step
 
@@ -201,14 +201,14 @@ class IntermediateLoss(nn.Module):
 
     @torch.no_grad()
     def fit(self, states_s: Tensor, states_t: Tensor) -> None:
-        """Start the student's maps at the ridge solution towards the mean target of 40 draws. After
-        a random start the first steps destroy the pretrained student. states_s (N, m, d_s): of some
-        training examples; states_t (N, n, d_t): of all the teacher's blocks."""
+        """Start the student's maps at the ridge solution towards the targets of 40 draws (their
+        mean): after a random start the first steps destroy the pretrained student. states_s (N, m,
+        d_s) are of some training examples, states_t (N, n, d_t) of all the teacher's blocks."""
         maps, x = self.distance.proj_s, states_s.float()
         draws = [self.draw(epoch) for epoch in (range(1, 41) if self.select == "random" else [1])]
         states = (states_t[:, [layer - 1 for layer in draw]].float() for draw in draws)
         y = sum(map(self.distance.targets, states)) / len(draws)
-        if isinstance(maps, nn.Linear):  # where slots share it, each slot is N more examples
+        if isinstance(maps, nn.Linear):  # a shared map: slots count as further examples
             fit_ridge(maps, x.reshape(-1, maps.in_features), y.reshape(-1, maps.out_features))
         if isinstance(maps, nn.ModuleList):
             y = y.flatten(1).split([linear.out_features for linear in maps], dim=1)
@@ -234,7 +234,7 @@ def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def select_layers(name: str, num_layers: int, k: int, seed: int = 0, epoch: int = 0) -> list[int]:
-    """The teacher's layers that a selection gives to k slots, of 1 .. num_layers - 1 or the last.
+    """The teacher's layers that a selection gives to k slots, all of them in 1 .. num_layers.
     Raises ValueError for an unknown name, and unless 1 <= k < num_layers."""
     drawn = sample_layers(num_layers, k, seed, epoch)  # it also checks k
     skip = [i * num_layers // (k + 1) for i in range(1, k + 1)]  # 2, 4, 6, 8, 10 of 12 blocks
@@ -314,7 +314,7 @@ class AttentionDistance(Distance):
 
 
 class ContrastiveDistance(ConcatDistance):
-    """CoDIR (Sun et al., 2020) as InfoNCE: the teacher's vector has to find the student's vector of
+    """CoDIR (Sun et al., 2020) as InfoNCE: the teacher's vector must pick the student's vector of
     the same example among those of num_negatives examples with another label, which a memory bank
     keeps. `labels` (N,) are of all training examples; for floats all others are negatives."""
 
@@ -339,7 +339,7 @@ class ContrastiveDistance(ConcatDistance):
         in_order, rows = labels.sort(stable=True)  # now each label is one block of rows
         start = torch.searchsorted(in_order, labels)
         size = torch.searchsorted(in_order, labels, right=True) - start
-        for name, value in {"rows": rows, "start": start, "size": size}.items():
+        for name, value in {"rows": rows, "block_start": start, "block_size": size}.items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, states_s: Tensor, states_t: Tensor, index=None) -> Tensor:
@@ -347,10 +347,10 @@ class ContrastiveDistance(ConcatDistance):
             raise ValueError("ContrastiveDistance needs index, the row numbers of the batch")
         s = F.normalize(self.proj_s(states_s.flatten(1)), dim=-1)  # (B, u)
         t = F.normalize(self.proj_t(states_t.flatten(1)), dim=-1)  # (B, u)
-        start, size = self.start[index, None], self.size[index, None]  # (B, 1)
-        place = torch.randint(2**62, (len(s), self.num_negatives), device=s.device)  # (B, K)
-        place = place % (len(self.bank) - size)  # among the examples with another label
-        rows = self.rows[torch.where(place < start, place, place + size)]  # step over the block
+        start, size = self.block_start[index, None], self.block_size[index, None]  # (B, 1)
+        pick = torch.randint(2**62, (len(s), self.num_negatives), device=s.device)  # (B, K)
+        pick = pick % (len(self.bank) - size)  # among the examples with another label
+        rows = self.rows[torch.where(pick < start, pick, pick + size)]  # skip its own label
         vectors = torch.cat([s.unsqueeze(1), self.bank[rows]], dim=1)  # (B, 1 + K, u)
         scores = (vectors @ t.unsqueeze(-1)).squeeze(-1) / self.temperature  # (B, 1 + K)
         if self.training and torch.is_grad_enabled():  # the bank moves towards s
@@ -359,7 +359,6 @@ class ContrastiveDistance(ConcatDistance):
         return F.cross_entropy(scores, torch.zeros_like(index))  # its own is number 0
 
 
-# ---- the tables
 class Stage(NamedTuple):
     """A stage of training: the weights of the terms in Eq. 4, and what is special in it."""
 
@@ -368,7 +367,7 @@ class Stage(NamedTuple):
     ild: float = 0.0
     mix: float = 0.0  # CR-ILD's consistency; its weight grows to this one by the last epoch
     anneal: bool = False  # Pro-KD: the temperature falls, the teacher's checkpoints take turns
-    then: str = "best"  # the next stage starts from the "best" or the "last" epoch of this one
+    then: str = "best"  # "best" or "last": the epoch from which the next stage starts
 
 
 class Method(NamedTuple):
@@ -377,7 +376,7 @@ class Method(NamedTuple):
     select: str | None = None
     distance: str | None = None
     pool: object = mean_pool
-    stages: tuple[Stage, ...] = (Stage(ce=1 / 3, kd=1 / 3, ild=1 / 3),)
+    stages: tuple[Stage, ...] = (Stage(ce=1 / 3, kd=1 / 3, ild=1 / 3),)  # one or two
 
 
 SELECTIONS = ("random", "skip", "last", "reverse", "middle", "permuted", "all", "final")
@@ -442,15 +441,15 @@ def parse(argv=None) -> argparse.Namespace:
     flag = parser.add_argument_group("task, models and data").add_argument
     flag("--task", help=f"{', '.join(TASKS)}; for own files any other name, or none")
     flag("--method", default="rail-l", choices=METHODS, help="a row of METHODS")
-    flag("--teacher", default="google-bert/bert-base-uncased", help="hub name or folder; paper")
-    flag("--student", default="distilbert/distilbert-base-uncased", help="the same; paper")
+    flag("--teacher", default="google-bert/bert-base-uncased", help="name or folder; the paper's")
+    flag("--student", default="distilbert/distilbert-base-uncased", help="the same")
     flag("--data-root", help="read clones of the hub's data: DIR/nyu-mll/glue", metavar="DIR")
     flag("--train-file", help="own csv, tsv, json lines or parquet: label, and one or two texts")
     flag("--validation-file", help="own data to evaluate on, with the same columns")
     flag("--max-length", type=positive, default=128, help="tokens of an example")
     flag("--max-train-examples", type=positive, help="a random subset, the same for all seeds")
     flag = parser.add_argument_group("training").add_argument
-    flag("--epochs", type=positive, default=40, help="of all stages together; paper")
+    flag("--epochs", type=positive, default=40, help="of all stages together; as in the paper")
     flag("--patience", type=positive, help="stop after so many epochs without a better score")
     flag("--batch-size", type=positive, default=32, help="of each process; paper: 8, 16 or 32")
     flag("--lr", type=float, default=2e-5, help="paper: 1e-5, 2e-5, 5e-5 or 4e-6")
@@ -462,14 +461,14 @@ def parse(argv=None) -> argparse.Namespace:
     flag = parser.add_argument_group("loss").add_argument
     flag("--select", choices=SELECTIONS, help="teacher layers other than the method's")
     flag("--distance", choices=DISTANCES, help="a distance other than the method's")
-    flag("--weights", type=float, nargs=3, metavar=("CE", "KD", "ILD"), help="instead of its own")
+    flag("--weights", type=float, nargs=3, metavar=("CE", "KD", "ILD"), help="of its last stage")
     flag("--temperature", type=float, default=2.0, help="of the KD term")
     flag("--proj-dim", type=positive, help="width of the maps; paper and without this flag: 128")
     flag("--shared-proj", action=argparse.BooleanOptionalAction, help="one map for all slots")
-    flag("--teacher-proj", choices=("frozen", "trained"), help="frozen (codir, paper: trained)")
+    flag("--teacher-proj", choices=("frozen", "trained"), help="trained in codir and the paper")
     flag("--start", default="ridge", choices=("ridge", "random"), help="of maps; paper: random")
-    flag("--teacher-epochs", type=positive, default=3, help="if it has no head for the task yet")
-    flag("--teacher-lr", type=float, default=2e-5, help="the same")
+    flag("--teacher-epochs", type=positive, default=3, help="to tune one without a head")
+    flag("--teacher-lr", type=float, default=2e-5, help="to tune one without a head")
     flag = parser.add_argument_group("output and prediction").add_argument
     flag("--output-dir", default="runs", help="results go to DIR/TASK/METHOD[-NAME]-seedN")
     flag("--name", help="tells runs of one method apart")
@@ -478,7 +477,7 @@ def parse(argv=None) -> argparse.Namespace:
     flag("--predict", metavar="RUN", help="only answer GLUE's test split with a run's model")
     flag("--test-file", help="with --predict: answer this file, and score it if it has labels")
     flag("--label-map", metavar="ANSWER=LABEL,..", help="what that file calls the model's answers")
-    known, _ = parser.parse_known_args(argv)
+    known, _ = parser.parse_known_args(argv)  # these two change the defaults
     if known.predict:  # as in that run
         config = read_results(known.predict)["config"]
         parser.set_defaults(**{x: config[x] for x in ("task", "max_length", "amp", "data_root")})
@@ -525,11 +524,11 @@ def settings(args) -> dict:
 
 
 def check_same(what, now, before):
-    """UserError if a run would go on, or be told again, with other flags or data."""
+    """UserError if a stopped or finished run had other flags or data."""
     changed = [name for name in now if name not in before or now[name] != before[name]]
     if changed:
         flags = ", ".join(x if " " in x else "--" + x.replace("_", "-") for x in changed)
-        raise UserError(f"{what} is of a run with other {flags}; tell them apart by --name NAME")
+        raise UserError(f"{what} has other {flags}; use --name NAME for another run, or delete it")
 
 
 class Machine:
@@ -549,7 +548,7 @@ class Machine:
         with as_user_error(f"--device {name}"):
             self.device = torch.ones(1, device=name).device
         self.on_gpu = self.device.type == "cuda"
-        has_bf16 = self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
         if self.on_gpu:
             torch.cuda.set_device(self.device)
             torch.set_num_threads(1)  # between short kernels several threads wait for each other
@@ -559,7 +558,7 @@ class Machine:
         self.dtype = kinds[auto if args.amp == "auto" else args.amp]
         if self.num_processes > 1 and not torch.distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"
-            day = timedelta(days=1)  # the others wait while the first process asks the teacher
+            day = timedelta(days=1)  # the others wait while the first one asks the teacher
             torch.distributed.init_process_group(backend, timeout=day)
 
     def agree(self, value=None):
@@ -718,7 +717,7 @@ def read_columns(dataset, where):
 
 def number_labels(words, names, where) -> Tensor:
     """Labels as text -> (N,), the numbers of the classes or, without names, floats."""
-    with as_user_error(f"{where}, whose labels should be {', '.join(names) or 'numbers'}"):
+    with as_user_error(f"{where}, labels {', '.join(names) or 'of numbers'} (-1 means none)"):
         return torch.tensor([names.index(word) if names else float(word) for word in words])
 
 
@@ -764,7 +763,7 @@ class Encoder:
     def tokenize(self, texts):
         """A `datasets.Dataset` of one or two columns of text -> one of tokens."""
         options = {"batched": True, "remove_columns": texts.column_names, "keep_in_memory": True}
-        options |= {"new_fingerprint": "tokens", "load_from_cache_file": False}  # nothing is hashed
+        options |= {"new_fingerprint": "tokens", "load_from_cache_file": False}  # no hashing
         cut = {"truncation": True, "max_length": self.max_length}
         return texts.map(lambda batch: self.tokenizer(*batch.values(), **cut), **options)
 
@@ -814,7 +813,7 @@ def label_order(id2label, labels) -> list[int]:
 
 def ask_teacher(teacher, texts, pool, args):
     """What the teacher says of a split: logits_t and, with a pooling, layer_1 .. layer_n. The table
-    is kept in OUTPUT_DIR/teacher-cache, under a hash of all that it depends on."""
+    is kept in OUTPUT_DIR/teacher-cache for all runs, under a hash of what it depends on."""
     import datasets
     from datasets import Dataset, Features, List, Value
     from datasets.fingerprint import Hasher
@@ -863,8 +862,8 @@ def make_batch(rows, sources) -> dict:
 
 
 def draw_batches(lengths, size, seed, epoch, machine) -> list[list[int]]:
-    """Rows in batches of like length, in an order that depends on (seed, epoch) alone -> this
-    process's share of each. To make shares equal, the epoch's start fills up the last batch."""
+    """Rows in batches of like length, in an order that depends on (seed, epoch) alone -> the share
+    of this process. With several, rows from the epoch's start fill up the last batch."""
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     key = random.Random(f"batches {seed} {epoch}").getrandbits(63)
@@ -904,7 +903,7 @@ class Objective(nn.Module):
             self.ild.set_epoch(epoch)
 
     def forward(self, batch) -> Tensor:
-        """A batch of Examples -> loss, ce, kd, ild and mix; a term that is not used is 0."""
+        """A batch of make_batch -> loss, ce, kd, ild and mix; a term that is not used is 0."""
         weight, label = self.stage, batch["label"]
         logits_s, hidden_s, mask_s = self.student.run(batch)
         fit = F.mse_loss if label.is_floating_point() else F.cross_entropy
@@ -946,7 +945,7 @@ def train_epoch(net, loader, parts, machine, epoch) -> dict:
         optimizer.zero_grad()
         sums = sums + terms.detach() * len(batch["rows"])
         count += len(batch["rows"])
-        is_checked = step % 50 == 0 or step == len(loader)  # not always: a GPU has to be waited for
+        is_checked = step % 50 == 0 or step == len(loader)  # rarely, since it makes a GPU wait
         if is_checked and not sums.isfinite().all():
             raise UserError(f"epoch {epoch}, step {step}: the loss is not finite; lower --lr?")
     if machine.num_processes > 1:  # of equal shares
@@ -989,9 +988,9 @@ def train(student, data, args, machine, folder, answers=(), ild=None, keep_epoch
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
         parts["objective"] = objective
-        if machine.num_processes > 1:  # static_graph: what gets no gradient never gets one
+        if machine.num_processes > 1:  # static_graph: some parameters never get a gradient
             net = nn.parallel.DistributedDataParallel(objective, static_graph=True)
-        if number == stage_done:
+        if number == stage_done:  # the run was stopped here
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
         elif number > stage_done:
@@ -1010,7 +1009,7 @@ def train(student, data, args, machine, folder, answers=(), ild=None, keep_epoch
             sources = (tokens["train"], student.tokenizer, data.labels["train"], asked, layers_t)
             batches = draw_batches(lengths, batch_size, args.seed, epoch, machine)
             options = {"num_workers": 2, "pin_memory": True} if machine.on_gpu else {}
-            options["generator"] = torch.Generator()  # else it would draw from the global one
+            options["generator"] = torch.Generator()  # else it draws from the global one
             options["collate_fn"] = functools.partial(make_batch, sources=sources)
             loader = DataLoader(batches, batch_size=None, **options)
             row = {"stage": number, "epoch": epoch, "layers_t": layers_t}
@@ -1111,6 +1110,7 @@ def consult_teacher(student, data, args, machine, folder):
         if machine.rank == 0:
             with contextlib.suppress(OSError):  # if another run was first, its teacher stays
                 (folder / "teacher").rename(made)
+            shutil.rmtree(folder / "teacher", ignore_errors=True)
             (made / "checkpoint.pt").unlink(missing_ok=True)
         machine.agree()
         teacher = Encoder("teacher", made / "model", data.names, args, machine)
@@ -1119,7 +1119,7 @@ def consult_teacher(student, data, args, machine, folder):
     score = next(iter(metrics.values()))
     print(f"teacher  {teacher.title}: {describe(metrics)}", flush=True)
     is_useless = score <= data.majority_score() + 0.01
-    if not data.names:  # a correlation does not see the scale
+    if not data.names:  # a correlation does not notice another scale
         is_useless = F.mse_loss(logits[data.dev[0]][:, 0], labels) >= labels.var(correction=0)
     if is_useless:
         why = "not fine-tuned, labels in another order (id2label in config.json), other scale"
@@ -1178,7 +1178,7 @@ def distil(args, folder):
         results, answers, ild = consult_teacher(student, data, args, machine, folder)
     device = f"{machine.device}, {machine.dtype}"
     print(f"student  {student.title}\nmethod   {args.method} on {device}", flush=True)
-    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, and all is loaded
+    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, all is loaded now
         shutil.rmtree(folder)
     machine.agree()
     results |= train(student, data, args, machine, folder, answers, ild)
@@ -1277,7 +1277,7 @@ def report(folder) -> dict:
 
 
 def main(argv=None) -> dict:
-    """Run a command line -> its results. What a user can mend ends in SystemExit, with one line."""
+    """Run a command line -> its results. What a user can fix ends in SystemExit, with one line."""
     is_first = os.environ.get("RANK", "0") == "0"  # under torchrun it speaks for all
     try:
         with contextlib.redirect_stdout(sys.stdout if is_first else None):
