@@ -66,15 +66,15 @@ def unit_distance(s: Tensor, t: Tensor) -> Tensor:
 
 class Distance(nn.Module):
     """Base of all distances: distance(states_s (B, m, d_s), states_t (B, k, d_t)) -> scalar.
-    `proj_s`, a linear map or one for each slot, leads the student's states to the `targets`."""
+    `proj_s`, one linear map or one for each slot, maps the student's states; `index`: see CoDIR."""
 
-    def targets(self, states_t: Tensor) -> Tensor:
+    def targets(self, states_t: Tensor) -> Tensor:  # what `fit` starts proj_s at
         return F.normalize(self.proj_t(states_t), dim=-1)
 
 
 class LayerwiseDistance(Distance):
     """RAIL-KD^l, Eq. 2: the sum over the slots of the distance between the projected states.
-    `shared`: one pair of maps for all slots, or one for each. `alpha`: the slots' weights, or 1."""
+    `shared`: one pair of maps for all slots, or one for each. `alpha`: a weight for each slot."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets, proj_dim=128, shared=True, alpha=None):
         super().__init__()
@@ -83,7 +83,7 @@ class LayerwiseDistance(Distance):
         self.register_buffer("alpha", torch.tensor([1.0] * num_slots if alpha is None else alpha))
         self.proj_s = nn.Linear(d_s, proj_dim) if shared else SlotLinear(num_slots, d_s, proj_dim)
         self.proj_t = nn.Linear(d_t, proj_dim) if shared else SlotLinear(num_slots, d_t, proj_dim)
-        self.proj_t.requires_grad_(False)  # if both are trained, they collapse to a constant
+        self.proj_t.requires_grad_(False)  # if both are trained, the student can collapse
 
     def forward(self, states_s: Tensor, states_t: Tensor, index=None) -> Tensor:
         s = self.proj_s(states_s)  # (B, m, u)
@@ -92,7 +92,7 @@ class LayerwiseDistance(Distance):
 
 
 class ConcatDistance(Distance):
-    """RAIL-KD^c, Eq. 3: the distance between the projections of all layers side by side."""
+    """RAIL-KD^c, Eq. 3: the distance between the projections of the concatenated layers."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets, proj_dim=128):
         super().__init__()
@@ -110,8 +110,8 @@ class ConcatDistance(Distance):
 
 def kd_loss(logits_s, logits_t, temperature: float, max_temperature: float | None = None) -> Tensor:
     """L_KD of Eq. 4: T^2 KL(teacher || student), mean over the batch (Hinton et al., 2014).
-    Logits are (B, C). For C = 1, a regression, it is the mean squared error, and so it is with
-    max_temperature: that of logits_s and phi(T) logits_t, phi(T) = 1 - (T - 1) / max_temperature
+    Logits are (B, C). For C = 1, a regression, it is the mean squared error. With max_temperature
+    it is that of logits_s and phi(T) logits_t, where phi(T) = 1 - (T - 1) / max_temperature
     (Annealing-KD, Jafari et al., 2021). Raises ValueError for other shapes and unless T > 0."""
     if logits_s.shape != logits_t.shape or logits_s.ndim != 2 or not temperature > 0:
         raise ValueError(f"need (B, C), T > 0: {logits_s.shape}, {logits_t.shape}, {temperature}")
@@ -176,11 +176,11 @@ class IntermediateLoss(nn.Module):
         self.layers_t = self.draw(epoch)
 
     def pool_s(self, hidden_states, mask: Tensor | None = None) -> Tensor:
-        """The student's layers in use, of its blocks + 1 hidden states (B, L, d_s): (B, m, d_s)."""
+        """All num_layers_s + 1 hidden states (B, L, d_s) -> those in use, pooled, (B, m, d_s)."""
         return self.pool_layers(hidden_states, mask, self.layers_s, self.num_layers_s)
 
     def pool_t(self, hidden_states, mask: Tensor | None = None) -> Tensor:
-        """The teacher's layers of this epoch, of its blocks + 1 hidden states: (B, k, d_t)."""
+        """All num_layers_t + 1 hidden states (B, L, d_t) -> this epoch's, pooled, (B, k, d_t)."""
         return self.pool_layers(hidden_states, mask, self.layers_t, self.num_layers_t)
 
     def pool_layers(self, hidden_states, mask, layers, num_layers):
@@ -201,13 +201,13 @@ class IntermediateLoss(nn.Module):
 
     @torch.no_grad()
     def fit(self, states_s: Tensor, states_t: Tensor) -> None:
-        """Start the student's maps at the ridge solution towards the targets of 40 draws (their
-        mean): after a random start the first steps destroy the pretrained student. states_s (N, m,
-        d_s) are of some training examples, states_t (N, n, d_t) of all the teacher's blocks."""
+        """Start the student's maps by ridge regression on the mean target of 40 draws; after a
+        random start the first steps destroy the pretrained student. states_s (N, m, d_s) are of
+        some training examples, states_t (N, n, d_t) of all the teacher's blocks."""
         maps, x = self.distance.proj_s, states_s.float()
         draws = [self.draw(epoch) for epoch in (range(1, 41) if self.select == "random" else [1])]
-        states = (states_t[:, [layer - 1 for layer in draw]].float() for draw in draws)
-        y = sum(map(self.distance.targets, states)) / len(draws)
+        states = [states_t[:, [layer - 1 for layer in draw]].float() for draw in draws]
+        y = sum(self.distance.targets(drawn) for drawn in states) / len(draws)
         if isinstance(maps, nn.Linear):  # a shared map: slots count as further examples
             fit_ridge(maps, x.reshape(-1, maps.in_features), y.reshape(-1, maps.out_features))
         if isinstance(maps, nn.ModuleList):
@@ -264,8 +264,8 @@ class SlotLinear(nn.ModuleList):
 
 
 class DirectDistance(LayerwiseDistance):
-    """PKD (Sun et al., 2019): Eq. 2 without projections. Only if d_s != d_t each slot is mapped to
-    d_t. This is the sum over the slots; the authors' code takes the mean over the elements."""
+    """PKD (Sun et al., 2019): Eq. 2 without projections. Each slot is mapped to d_t only if d_s is
+    not d_t. This is the sum over the slots; the authors' code takes the mean over the elements."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets):
         super().__init__(d_s, d_t, num_slots, num_targets, proj_dim=d_t, shared=False)
@@ -281,7 +281,7 @@ class GroupDistance(Distance):
     def __init__(self, d_s, d_t, num_slots, num_targets):
         super().__init__()
         if num_targets < num_slots:
-            raise ValueError(f"{num_slots} slots need as many teacher layers, not {num_targets}")
+            raise ValueError(f"{num_slots} slots need at least as many layers, not {num_targets}")
         groups = torch.arange(num_targets).tensor_split(num_slots)  # sizes differ by at most one
         self.proj_s = nn.ModuleList(nn.Linear(d_s, len(group) * d_t) for group in groups)
 
@@ -297,7 +297,7 @@ class GroupDistance(Distance):
 
 class AttentionDistance(Distance):
     """ALP-KD (Passban et al., 2021): the mean squared error between each slot and its attention
-    over the teacher's layers. The dot products are not scaled, as in the original (recalled)."""
+    over the teacher's layers. The dot products are not scaled, as in the original (from memory)."""
 
     def __init__(self, d_s, d_t, num_slots, num_targets):
         super().__init__()
@@ -356,7 +356,7 @@ class ContrastiveDistance(ConcatDistance):
         if self.training and torch.is_grad_enabled():  # the bank moves towards s
             moved = self.momentum * self.bank[index] + (1 - self.momentum) * s.detach()
             self.bank[index] = F.normalize(moved, dim=-1)
-        return F.cross_entropy(scores, torch.zeros_like(index))  # its own is number 0
+        return F.cross_entropy(scores, torch.zeros_like(index))  # the positive is column 0
 
 
 class Stage(NamedTuple):
@@ -365,7 +365,7 @@ class Stage(NamedTuple):
     ce: float = 0.0
     kd: float = 0.0
     ild: float = 0.0
-    mix: float = 0.0  # CR-ILD's consistency; its weight grows to this one by the last epoch
+    mix: float = 0.0  # CR-ILD's consistency; the weight that it reaches in the last epoch
     anneal: bool = False  # Pro-KD: the temperature falls, the teacher's checkpoints take turns
     then: str = "best"  # "best" or "last": the epoch from which the next stage starts
 
@@ -439,14 +439,14 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("railkd.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     flag = parser.add_argument_group("task, models and data").add_argument
-    flag("--task", help=f"{', '.join(TASKS)}; for own files any other name, or none")
+    flag("--task", help=f"{', '.join(TASKS)}; or any name for own files")
     flag("--method", default="rail-l", choices=METHODS, help="a row of METHODS")
-    flag("--teacher", default="google-bert/bert-base-uncased", help="hub name or folder (paper)")
+    flag("--teacher", default="google-bert/bert-base-uncased", help="name or folder (paper)")
     flag("--student", default="distilbert/distilbert-base-uncased", help="name or folder (paper)")
     flag("--data-root", help="read clones of the hub's data: DIR/nyu-mll/glue", metavar="DIR")
     flag("--train-file", help="own csv, tsv, json lines or parquet: label, and one or two texts")
     flag("--validation-file", help="own data to evaluate on, with the same columns")
-    flag("--max-length", type=positive, default=128, help="how many tokens of a text are read")
+    flag("--max-length", type=positive, default=128, help="of an example, in tokens")
     flag("--max-train-examples", type=positive, help="a random subset, the same for all seeds")
     flag = parser.add_argument_group("training").add_argument
     flag("--epochs", type=positive, default=40, help="of all stages together (paper: 40)")
@@ -454,30 +454,30 @@ def parse(argv=None) -> argparse.Namespace:
     flag("--batch-size", type=positive, default=32, help="in each process (paper: 8, 16 or 32)")
     flag("--lr", type=float, default=2e-5, help="learning rate (paper: 1e-5, 2e-5, 5e-5 or 4e-6)")
     flag("--weight-decay", type=float, default=0.01, help="of matrices; biases and norms get none")
-    flag("--warmup", type=float, default=0.1, help="share of the steps until the rate is full")
+    flag("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
     flag("--seed", type=int, default=42, help="of draw, batches and dropout (paper: five seeds)")
-    flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: yes")
+    flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="paper: on")
     flag("--device", help="cpu, cuda, cuda:1 or mps; without this flag the fastest")
     flag = parser.add_argument_group("loss").add_argument
     flag("--select", choices=SELECTIONS, help="the teacher's layers, instead of the method's")
-    flag("--distance", choices=DISTANCES, help="how far apart they are, instead of the method's")
-    flag("--weights", type=float, nargs=3, metavar=("CE", "KD", "ILD"), help="in the last stage")
+    flag("--distance", choices=DISTANCES, help="the distance, instead of the method's")
+    flag("--weights", type=float, nargs=3, metavar=("CE", "KD", "ILD"), help="of the last stage")
     flag("--temperature", type=float, default=2.0, help="of the KD term")
     flag("--proj-dim", type=positive, help="width of the projections (128, as in the paper)")
-    flag("--shared-proj", action=argparse.BooleanOptionalAction, help="or a map for each slot")
+    flag("--shared-proj", action=argparse.BooleanOptionalAction, help="or one for each slot")
     flag("--teacher-proj", choices=("frozen", "trained"), help="frozen; codir, paper: trained")
     flag("--start", default="ridge", choices=("ridge", "random"), help="of maps (paper: random)")
     flag("--teacher-epochs", type=positive, default=3, help="to fine-tune a teacher without a head")
     flag("--teacher-lr", type=float, default=2e-5, help="learning rate for that")
     flag = parser.add_argument_group("output and prediction").add_argument
     flag("--output-dir", default="runs", help="results go to DIR/TASK/METHOD[-NAME]-seedN")
-    flag("--name", help="tells runs of one method apart")
+    flag("--name", help="a part of the folder's name, for variants")
     flag("--overwrite", action="store_true", help="do a finished run again")
     flag("--report", metavar="DIR", help="only print a table of the finished runs in DIR")
     flag("--predict", metavar="RUN", help="only answer GLUE's test split with a run's model")
     flag("--test-file", help="with --predict: answer this file, and score it if it has labels")
-    flag("--label-map", metavar="ANSWER=LABEL,..", help="what that file calls the model's answers")
-    known, _ = parser.parse_known_args(argv)  # these two change the defaults
+    flag("--label-map", metavar="ANSWER=LABEL,..", help="the file's label for each answer")
+    known, _ = parser.parse_known_args(argv)  # --predict and --task toy change the defaults
     if known.predict:  # as in that run
         config = read_results(known.predict)["config"]
         parser.set_defaults(**{x: config[x] for x in ("task", "max_length", "amp", "data_root")})
@@ -496,7 +496,7 @@ def parse(argv=None) -> argparse.Namespace:
     if not (select and distance) and (select or distance or stages[-1].ild):
         error(f"--method {args.method}: give --select and --distance, or neither and no ILD weight")
     if not any(stages[-1][:3]) or args.temperature <= 0 or args.epochs < len(stages):
-        error(f"--weights of 0, --temperature not above 0, or --epochs less than {len(stages)}")
+        error(f"need --weights above 0, --temperature above 0, --epochs of {len(stages)} or more")
     if distance == "contrastive" and "RANK" in os.environ:
         error("the memory bank of codir works in one process, not under torchrun")
     if not any(stage.kd or stage.ild for stage in stages):
@@ -532,7 +532,7 @@ def check_same(what, now, before):
 
 
 class Machine:
-    """The device, the precision and, under torchrun, which of how many processes this is."""
+    """The device, the precision and, under torchrun, the rank among the processes."""
 
     def __init__(self, args):
         import datasets
@@ -543,7 +543,8 @@ class Machine:
         transformers.logging.set_verbosity_error()  # it would report that the head is new
         self.rank = int(os.environ.get("RANK", 0))
         self.num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        name = str(args.device or torch.accelerator.current_accelerator() or "cpu")
+        has_gpu = torch.accelerator.is_available()  # a build for GPUs may find none
+        name = str(args.device or (torch.accelerator.current_accelerator() if has_gpu else "cpu"))
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         with as_user_error(f"--device {name}"):
             self.device = torch.ones(1, device=name).device
@@ -570,7 +571,7 @@ class Machine:
 
 
 def write(path, content: bytes):
-    """Even if the program is killed, a file is there as a whole or not at all."""
+    """Write a file as a whole or not at all, even if the program is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
     unfinished.write_bytes(content)
@@ -605,12 +606,13 @@ class Data:
         self.task, self.texts, self.labels, self.names = args.task, {}, {}, []
         for split in ["train", *self.dev]:
             where = files.get(split) or f"{args.task}, {split}"
-            self.texts[split], words = read_columns(splits[split], where)
+            order = self.texts["train"].column_names if self.texts else None
+            self.texts[split], words = read_columns(splits[split], where, order)
             if not words:
                 raise UserError(f"{where}: there is no column label, or no label but '-1'")
             is_score = all(map(NUMBER.fullmatch, words)) and any("." in word for word in words)
-            if split == "train" and not is_score:
-                found = sorted(set(words) - {"-1"})
+            if split == "train" and not is_score:  # classes are sorted, and 2 comes before 10
+                found = sorted(set(words) - {"-1"}, key=lambda x: (x.isdecimal() and int(x), x))
                 self.names = getattr(splits[split].features["label"], "names", found)
             self.labels[split] = number_labels(words, self.names, where)
         size = len(self.labels["train"])
@@ -641,7 +643,7 @@ class Data:
 
 
 def toy_data(split, size) -> dict:
-    """Made-up reviews: the last clause decides, and "not" turns it round."""
+    """Made-up reviews: the last clause decides, and "not" reverses it."""
     rng, texts, labels = random.Random(f"toy {split}"), [], []
     for _ in range(size):
         clauses = []
@@ -697,7 +699,7 @@ def read_glue(args):
         return load_dataset(place, args.task)
 
 
-def read_columns(dataset, where):
+def read_columns(dataset, where, order=None):
     """-> the columns of text, and the labels as text; none if all are -1, as GLUE hides them."""
     ignored = ("label", "idx", "id", "Unnamed: 0")  # the last: the index, in a csv of pandas
     columns = [name for name in dataset.column_names if name not in ignored]
@@ -705,6 +707,9 @@ def read_columns(dataset, where):
     if len(columns) not in (1, 2) or not kinds <= {"string", "large_string"} or not len(dataset):
         found = f"{len(dataset)} rows of {', '.join(dataset.column_names)}"
         raise UserError(f"{where}: need rows of label and one or two texts, not {found}")
+    if order and len(columns) != len(order):
+        raise UserError(f"{where}: need the texts {order}, not {columns}")
+    columns = order if order and set(order) == set(columns) else columns  # as in training
     labels = ["label"] if "label" in dataset.column_names else []
     for name in columns + labels:
         for row, value in enumerate(dataset[name][:], 1):
@@ -722,19 +727,19 @@ def number_labels(words, names, where) -> Tensor:
 
 
 class Encoder:
-    """A model of `transformers` that classifies or scores texts, with its tokenizer. A head that
-    is not there is made, and for a "student" also one whose size does not fit."""
+    """A model of `transformers` that classifies or scores texts, with its tokenizer. A missing
+    head is added; a "student" also gets a new one where its size does not fit."""
 
     def __init__(self, role, name, labels, args, machine):
         import transformers as hf
 
-        answers, options = labels or ["score"], {"trust_remote_code": False}
+        classes, options = labels or ["score"], {"trust_remote_code": False}
         with as_user_error(f"cannot load the {role} {name}"):
             config = hf.AutoConfig.from_pretrained(name, **options)
             self.has_head = role != "student" and "SequenceClass" in str(config.architectures)
             if not self.has_head:
-                config.id2label = dict(enumerate(answers))
-                config.label2id = {answer: i for i, answer in enumerate(answers)}
+                config.id2label = dict(enumerate(classes))
+                config.label2id = {label: i for i, label in enumerate(classes)}
                 config.problem_type = None if labels else "regression"
             config.output_attentions, config.return_dict = False, True  # some configs differ
             self.tokenizer = hf.AutoTokenizer.from_pretrained(name, **options)
@@ -743,12 +748,12 @@ class Encoder:
             self.num_layers, self.width = config.num_hidden_layers, config.hidden_size
             words, vectors = len(self.tokenizer), self.model.get_input_embeddings().num_embeddings
             if self.tokenizer.pad_token is None or words > vectors:
-                raise ValueError(f"a tokenizer of {words} words does not fit {vectors} embeddings")
-            if self.model.num_labels != len(answers):
-                raise ValueError(f"it has {self.model.num_labels} labels, the data {len(answers)}")
-        self.order = label_order(config.id2label, answers) if self.has_head else slice(None)
-        self.name, self.machine, self.model = str(name), machine, self.model.float()
-        self.model.to(machine.device)
+                raise ValueError(f"{words} words for {vectors} embeddings, or no padding token")
+            if self.model.num_labels != len(classes):
+                raise ValueError(f"it has {self.model.num_labels} labels, the data {len(classes)}")
+        self.order = label_order(config.id2label, classes) if self.has_head else slice(None)
+        self.name, self.machine = str(name), machine
+        self.model = self.model.float().to(machine.device)
         self.inputs = set(inspect.signature(self.model.forward).parameters)
         if getattr(config, "type_vocab_size", 2) < 2:  # RoBERTa knows one type of token
             self.inputs.discard("token_type_ids")
@@ -812,8 +817,8 @@ def label_order(id2label, labels) -> list[int]:
 
 
 def ask_teacher(teacher, texts, pool, args):
-    """What the teacher says of a split: logits_t and, with a pooling, layer_1 .. layer_n. The table
-    is kept in OUTPUT_DIR/teacher-cache for all runs, under a hash of what it depends on."""
+    """The teacher's outputs for a split: logits_t and, with a pooling, layer_1 .. layer_n. They
+    are kept in OUTPUT_DIR/teacher-cache for all runs, under a hash of what it depends on."""
     import datasets
     from datasets import Dataset, Features, List, Value
     from datasets.fingerprint import Hasher
@@ -848,16 +853,15 @@ def ask_teacher(teacher, texts, pool, args):
 
 # ---- training
 def make_batch(rows, sources) -> dict:
-    """The rows of a batch -> tokens, labels and the teacher's answers, on the CPU."""
-    tokens, tokenizer, labels, answers, layers_t = sources
+    """Rows -> a batch of tokens, labels, logits_t (B, C) and states_t (B, k, d_t), on the CPU."""
+    tokens, tokenizer, labels, table, layers_t = sources
     batch = dict(tokenizer.pad(tokens[rows], return_tensors="pt"))
     batch["rows"], batch["label"] = torch.tensor(rows), labels[rows]
-    if answers is not None:
-        found = answers[rows]
-        batch["logits_t"] = found["logits_t"]
+    if table is not None:
+        columns = table[rows]
+        batch["logits_t"] = columns["logits_t"]
     if layers_t is not None:
-        states = [found[f"layer_{i}"] for i in layers_t]
-        batch["states_t"] = torch.stack(states, dim=1)  # (B, k, d_t)
+        batch["states_t"] = torch.stack([columns[f"layer_{i}"] for i in layers_t], dim=1)
     return batch
 
 
@@ -904,23 +908,23 @@ class Objective(nn.Module):
 
     def forward(self, batch) -> Tensor:
         """A batch of make_batch -> loss, ce, kd, ild and mix; a term that is not used is 0."""
-        weight, label = self.stage, batch["label"]
+        stage, label = self.stage, batch["label"]
         logits_s, hidden_s, mask_s = self.student.run(batch)
-        fit = F.mse_loss if label.is_floating_point() else F.cross_entropy
-        ce = fit(logits_s.squeeze(1), label)  # the scores of a regression are (B, 1)
-        if not weight.ce:
+        ce_loss = F.mse_loss if label.is_floating_point() else F.cross_entropy
+        ce = ce_loss(logits_s.squeeze(1), label)  # the scores of a regression are (B, 1)
+        if not stage.ce:
             ce = ce.detach()  # it is only shown
         kd = ild = mix = torch.zeros_like(ce)
-        if weight.kd:
+        if stage.kd:
             kd = kd_loss(logits_s, batch["logits_t"], self.temperature, self.max_temperature)
-        if weight.ild:
+        if stage.ild:
             states_s = self.ild.pool_s(hidden_s, mask_s)
             ild = self.ild(states_s, batch["states_t"], batch["rows"])
-        if weight.mix:
+        if stage.mix:
             share = 0.5 + abs(torch.rand(()).item() - 0.5)  # max(b, 1 - b) with b from Beta(1, 1)
             _, hidden, mask = self.student.run(batch, share)
             mix = self.progress * mixup_loss(self.ild.pool_s(hidden, mask), states_s, share)
-        loss = weight.ce * ce + weight.kd * kd + weight.ild * ild + weight.mix * mix  # Eq. 4
+        loss = stage.ce * ce + stage.kd * kd + stage.ild * ild + stage.mix * mix  # Eq. 4
         return torch.stack([loss, *(term.detach() for term in (ce, kd, ild, mix))])
 
 
@@ -956,28 +960,29 @@ def train_epoch(net, loader, parts, machine, epoch) -> dict:
     return means | {"seconds": seconds, "examples_per_s": count / seconds}
 
 
-def train(student, data, args, machine, folder, answers=(), ild=None, keep_epochs=False):
-    """Train in all stages and save the best epoch's student in folder/model -> what results.json
-    says of it. A run that was stopped goes on after its last whole epoch."""
+def train(student, data, args, machine, folder, tables=(), ild=None, keep_epochs=False):
+    """Train in all stages and save the best epoch's student in folder/model -> its part of
+    results.json. A run that was stopped goes on after its last whole epoch."""
     from transformers import get_linear_schedule_with_warmup
 
     stages, path = stages_of(args), folder / "checkpoint.pt"
     facts = settings(args) | {"training data": data.fingerprint}
     facts["precision or processes"] = f"{machine.dtype}, {machine.num_processes}"
-    facts["teacher's answers"] = [Path(x.cache_files[0]["filename"]).stem for x in answers]
+    facts["teacher's answers"] = [Path(x.cache_files[0]["filename"]).stem for x in tables]
     tokens = {split: student.tokenize(texts) for split, texts in data.texts.items()}
     lengths = list(map(len, tokens["train"]["input_ids"][:]))
     cut = sum(length >= student.max_length for length in lengths)
     print(f"data     {len(lengths)} examples, {cut} reach the limit of {student.max_length} tokens")
-    history, best, stage_done, cosine = [], None, 0, mean_cosine(student, tokens[data.dev[0]], ild)
+    history, best, stopped_in = [], None, 0
+    cosine = mean_cosine(student, tokens[data.dev[0]], ild)  # before training, for the alarm
     if path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_same(path, facts, saved["facts"])
-        history, best, stage_done = saved["history"], saved["best"], saved["history"][-1]["stage"]
+        history, best, stopped_in = saved["history"], saved["best"], saved["history"][-1]["stage"]
         print(f"resumed after epoch {len(history)}", flush=True)
-    batch_size, half = args.batch_size * machine.num_processes, args.epochs // len(stages)
+    batch_size, per_stage = args.batch_size * machine.num_processes, args.epochs // len(stages)
     for number, stage in enumerate(stages, 1):
-        epochs = range(1, half + 1) if number == 1 else range(half + 1, args.epochs + 1)
+        epochs = range(1, per_stage + 1) if number == 1 else range(per_stage + 1, args.epochs + 1)
         objective = net = Objective(student, stage, epochs, ild, args)
         trained = [p for p in objective.parameters() if p.requires_grad]
         matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}
@@ -986,14 +991,14 @@ def train(student, data, args, machine, folder, answers=(), ild=None, keep_epoch
         steps = math.ceil(len(lengths) / batch_size) * len(epochs)
         schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-        parts["objective"] = objective
+        parts = {"objective": objective, "optimizer": optimizer, "schedule": schedule}
+        parts["scaler"] = scaler
         if machine.num_processes > 1:  # static_graph: some parameters never get a gradient
             net = nn.parallel.DistributedDataParallel(objective, static_graph=True)
-        if number == stage_done:  # the run was stopped here
+        if number == stopped_in:  # the run was stopped here
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        elif number > stage_done:
+        elif number > stopped_in:
             best = None  # each stage has a best epoch of its own
         for epoch in range(max(epochs.start, len(history) + 1), epochs.stop):
             patience = args.patience if number == len(stages) else None
@@ -1003,18 +1008,18 @@ def train(student, data, args, machine, folder, answers=(), ild=None, keep_epoch
             torch.manual_seed(random.Random(f"{args.seed} {epoch} {machine.rank}").getrandbits(63))
             objective.set_epoch(epoch)
             layers_t = ild.layers_t if stage.ild else None
-            turn = (epoch - epochs.start) * len(answers) // len(epochs) if stage.anneal else -1
+            turn = (epoch - epochs.start) * len(tables) // len(epochs) if stage.anneal else -1
             columns = {"logits_t", *(f"layer_{i}" for i in layers_t or [])}  # no other is read
-            asked = answers[turn].select_columns(sorted(columns)) if stage.kd or stage.ild else None
-            sources = (tokens["train"], student.tokenizer, data.labels["train"], asked, layers_t)
+            table = tables[turn].select_columns(sorted(columns)) if stage.kd or stage.ild else None
+            sources = (tokens["train"], student.tokenizer, data.labels["train"], table, layers_t)
             batches = draw_batches(lengths, batch_size, args.seed, epoch, machine)
             options = {"num_workers": 2, "pin_memory": True} if machine.on_gpu else {}
-            options["generator"] = torch.Generator()  # else it draws from the global one
+            options["generator"] = torch.Generator()  # else it moves the global one
             options["collate_fn"] = functools.partial(make_batch, sources=sources)
             loader = DataLoader(batches, batch_size=None, **options)
             row = {"stage": number, "epoch": epoch, "layers_t": layers_t}
             row |= train_epoch(net, loader, parts, machine, epoch)
-            row |= dict.fromkeys(x for x in ("kd", "ild", "mix") if not getattr(stage, x))
+            row |= {x: None for x in ("kd", "ild", "mix") if not getattr(stage, x)}  # not used
             if machine.rank == 0:
                 row["metrics"] = data.score({x: student.answer(tokens[x])[0] for x in data.dev})
                 row["score"] = next(iter(row["metrics"].values()))
@@ -1073,28 +1078,27 @@ def mean_cosine(student, tokens, ild) -> float:
     some = tokens.select(range(0, len(tokens), math.ceil(len(tokens) / 256)))
     states = F.normalize(student.answer(some, pool, layers)[1], dim=-1)  # (n, m, d)
     n, all_pairs = len(states), states.mean(dim=0).square().sum(dim=-1).mean().item()
-    return (n * all_pairs - 1) / max(1, n - 1)  # without those of an example with itself
+    return (n * all_pairs - 1) / max(1, n - 1)  # without the pairs of an example with itself
 
 
 def consult_teacher(student, data, args, machine, folder):
-    """-> what results.json says of the teacher, its answers on the training data (for Pro-KD those
-    of each of its epochs), and the intermediate loss, ready to train."""
+    """-> what results.json says of the teacher, the table of its outputs on the training data (for
+    Pro-KD one for each of its epochs), and the intermediate loss, ready to train."""
     from datasets.fingerprint import Hasher
 
-    stages, name, ild = stages_of(args), args.teacher, None
+    stages, ild = stages_of(args), None
     # A teacher without a head is fine-tuned, once for all runs that share these flags.
-    same = "task teacher train_file validation_file max_length weight_decay warmup".split()
-    tuning = dict.fromkeys(vars(args)) | {flag: getattr(args, flag) for flag in same}
-    tuning |= {"method": "none", "seed": 42, "batch_size": max(1, 32 // machine.num_processes)}
-    tuning |= {"epochs": args.teacher_epochs, "lr": args.teacher_lr}
-    tuning = argparse.Namespace(**tuning)
+    same = ("task", "teacher", "train_file", "validation_file", "max_length")
+    tuning = argparse.Namespace(**{x: y if x in same else None for x, y in vars(args).items()})
+    tuning.method, tuning.seed, tuning.batch_size = "none", 42, max(1, 32 // machine.num_processes)
+    tuning.epochs, tuning.lr = args.teacher_epochs, args.teacher_lr
+    tuning.weight_decay, tuning.warmup = 0.01, 0.1
     key = Hasher.hash([settings(tuning), data.fingerprint, str(machine.dtype)])
-    made = Path(args.output_dir, args.task, f"teacher-{Path(name).name}-{key}")
-    if machine.agree(made.exists()):
-        name = made / "model"
+    made = Path(args.output_dir, args.task, f"teacher-{Path(args.teacher).name}-{key}")
+    name = made / "model" if machine.agree(made.exists()) else args.teacher
     torch.manual_seed(tuning.seed)  # it draws the head
     teacher = Encoder("teacher", name, data.names, args, machine)
-    if stages[0].ild or stages[-1].ild:  # before hours of fine-tuning: it may not fit
+    if stages[0].ild or stages[-1].ild:  # a misfit shows before hours of fine-tuning
         options = {x: getattr(args, x) for x in ("select", "distance", "teacher_proj", "proj_dim")}
         options |= {"shared": args.shared_proj, "seed": args.seed}
         if (args.distance or METHODS[args.method].distance) == "contrastive":
@@ -1128,19 +1132,19 @@ def consult_teacher(student, data, args, machine, folder):
     facts |= {"teacher_score": score, "teacher_metrics": metrics}
     checkpoints, pool = [teacher], METHODS[args.method].pool
     if stages[0].anneal:  # the student follows the epochs of the fine-tuning
-        folders, pool = sorted(made.glob("epoch-*")), pool if ild else None
-        epochs = [Encoder("teacher", x, data.names, args, machine) for x in folders]
-        checkpoints = epochs or [teacher]
+        pool = pool if ild else None
+        folders = sorted(made.glob("epoch-*")) or [teacher.name]
+        checkpoints = [Encoder("teacher", x, data.names, args, machine) for x in folders]
         print(f"teacher  {len(checkpoints)} checkpoints; with one alone it is Annealing-KD")
-    answers = [ask_teacher(x, data.texts["train"], pool, args) for x in checkpoints]
+    tables = [ask_teacher(x, data.texts["train"], pool, args) for x in checkpoints]
     if ild and args.start == "ridge":
         texts = data.texts["train"]
         rows = random.Random("ridge").sample(range(len(texts)), min(2000, len(texts)))
         some = student.tokenize(texts.select(rows))
         states_s = student.answer(some, ild.pool, ild.layers_s)[1]
-        columns, blocks = answers[-1][rows], range(1, teacher.num_layers + 1)
+        columns, blocks = tables[-1][rows], range(1, teacher.num_layers + 1)
         ild.fit(states_s, torch.stack([columns[f"layer_{i}"] for i in blocks], dim=1))
-    return facts, answers, ild and ild.to(machine.device)
+    return facts, tables, ild and ild.to(machine.device)
 
 
 def run(args) -> dict:
@@ -1173,15 +1177,15 @@ def distil(args, folder):
     torch.manual_seed(args.seed)  # it draws the student's head
     student = Encoder("student", args.student, data.names, args, machine)
     results = {"teacher": None, "params_t": None, "teacher_score": None, "teacher_metrics": {}}
-    answers, ild = [], None
+    tables, ild = [], None
     if args.teacher:
-        results, answers, ild = consult_teacher(student, data, args, machine, folder)
+        results, tables, ild = consult_teacher(student, data, args, machine, folder)
     device = f"{machine.device}, {machine.dtype}"
     print(f"student  {student.title}\nmethod   {args.method} on {device}", flush=True)
-    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite, all is loaded now
+    if machine.rank == 0 and (folder / "results.json").exists():  # --overwrite: all is loaded
         shutil.rmtree(folder)
     machine.agree()
-    results |= train(student, data, args, machine, folder, answers, ild)
+    results |= train(student, data, args, machine, folder, tables, ild)
     results |= {"task": args.task, "method": args.method, "seed": args.seed, "columns": columns}
     results |= {"labels": data.names or None, "params_s": student.num_params, "device": device}
     versions = {x: sys.modules[x].__version__ for x in ("torch", "transformers", "datasets")}
@@ -1210,11 +1214,7 @@ def predict(args) -> dict:
                 write_answers(path, student, read_columns(dataset, split)[0], called, True)
         print(f"answers  {folder / 'submission'}")
         return {}
-    texts, words = read_columns(read_file(where), where)
-    if len(texts.column_names) != len(columns):
-        raise UserError(f"{where}: need the texts {columns}, not {texts.column_names}")
-    if set(texts.column_names) == set(columns):
-        texts = texts.select_columns(columns)  # in the order of the training data
+    texts, words = read_columns(read_file(where), where, columns)
     pairs = [pair.partition("=")[::2] for pair in (args.label_map or "").split(",") if pair]
     called = dict(pairs or zip(names, names, strict=True))
     if sorted(called) != sorted(names) or not all(called.values()):
@@ -1234,7 +1234,7 @@ def predict(args) -> dict:
 
 
 def write_answers(path, student, texts, called, for_server):
-    """Write a tsv of the answers, by the names that they are called -> the answers."""
+    """Write a tsv of the answers under the names in `called` -> the answers."""
     import pandas
 
     logits = student.answer(student.tokenize(texts))[0]

@@ -596,13 +596,14 @@ FILES = [  # name, train, dev, what the line says
     ("one class.csv", GOOD[:20], GOOD[:20], "one class.csv: all labels"),
     ("good.csv", GOOD, GOOD + "g,so\n", "dev.csv", "bad, good", "'so'"),
     ("minus.csv", "text,label\na,0\nb,1\nc,-1\n", GOOD, "minus.csv", "0, 1", "'-1'"),
+    ("pair.csv", "a,b,label\nx,y,good\nz,x,bad\n", GOOD, "dev.csv: need the texts ['a', 'b']"),
     ("number.csv", "text,label\na,0.5\nb,1.5\n", GOOD, "dev.csv", "numbers", "'good'"),
     ("nan.jsonl", '{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}\n', GOOD, "row 2"),
 ]
 LABELS_OF_FILES = [  # the labels in the file, the classes in order; none: a regression
     (["schlecht, sehr", "gut"], ["gut", "schlecht, sehr"]),
     (["01", "1"], ["01", "1"]),
-    ([5, 3], ["3", "5"]),
+    ([5, 10, 3], ["3", "5", "10"]),
     (["NA", "None", "nan"], ["NA", "None", "nan"]),
     (["v1.0", "v2.0"], ["v1.0", "v2.0"]),
     (["3.4", "2"], []),
@@ -664,7 +665,8 @@ def test_one_rule_for_the_labels_of_all_formats(tmp_path, suffix, labels, names)
 
 
 def test_odd_files_are_read(tmp_path, models):
-    """Catches a mark, a quote or an index in the text, classes lost, and a subset of the seed."""
+    """Catches a mark, a quote or an index in the text, texts of a pair that change places, classes
+    that are lost, and a subset that depends on the seed."""
     for name, content in {
         "mark.csv": "\ufefflabel,text\ngood,a b\nbad,c d\n",
         "quote.tsv": 'label\ttext\ngood\t"a b\nbad\tc "d\n',
@@ -676,6 +678,12 @@ def test_odd_files_are_read(tmp_path, models):
         data = read_labels(tmp_path / name, tmp_path / name)
         assert data.names == ["bad", "good"] and len(data.labels["train"]) == 2, name
         assert data.texts["train"].column_names == ["text"]
+    pairs = {"a": [*"wxyz"], "b": [*"stuv"], "label": [*"cdcd"]}
+    turned = {name: pairs[name] for name in ("b", "label", "a")}
+    data = read_labels(
+        *(write_table(tmp_path / f"{i}.csv", x) for i, x in enumerate([pairs, turned]))
+    )
+    assert data.texts["validation"].column_names == ["a", "b"]
     named = write_classes(tmp_path / "a.parquet", "cabd", [0, 0, 1, 2], text=[*"wxyz"])
     others = write_classes(tmp_path / "b.parquet", "abc", [0, 1, 2], text=[*"xyz"])
     data = read_labels(named, others)
@@ -830,7 +838,7 @@ def test_no_input_exceeds_what_a_model_can_take(tmp_path, capsys, refused):
     assert results["last_score"] in (0.0, 0.5, 1.0)
     with (tmp_path / "roberta" / "vocab.txt").open("a") as file:
         file.write("\nmore\nwords")
-    refused(quick(path, path, flags, tmp_path, "--seed=1"), "91 words does not fit 89")
+    refused(quick(path, path, flags, tmp_path, "--seed=1"), "91 words for 89 embeddings")
 
 
 def test_cache_is_what_the_teacher_says(tmp_path, calm, monkeypatch):
@@ -859,10 +867,10 @@ def test_cache_is_what_the_teacher_says(tmp_path, calm, monkeypatch):
 
 
 def test_teacher_without_a_head_is_made_once(tmp_path, models, monkeypatch):
-    """Catches a teacher that method, seed or student change, decay on biases, and maps left out."""
+    """Catches a teacher that depends on method, seed or decay, decay on biases, maps left out."""
     steps, made = spy(monkeypatch, *STEP), []
-    for more in (["--method=kd", "--seed=2"], ["--method=rail-l"]):
-        results = R.main(command(tmp_path, models, "--weight-decay=0.02", *more))
+    for more in (["--method=kd", "--seed=2"], ["--method=rail-l", "--weight-decay=0.02"]):
+        results = R.main(command(tmp_path, models, *more))
         made.append((results["teacher"], weights_of(results["teacher"])))
     assert made[0] == made[1]
     assert len(steps) == (1 + 2 + 2) * STEPS
@@ -1173,6 +1181,13 @@ def test_defaults_are_the_documented_ones(capsys):
     pytest.raises(SystemExit, R.main, ["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in args)
+
+
+def test_a_torch_for_gpus_runs_without_one(monkeypatch):
+    """Catches the accelerator that torch was built for, which is not there on a laptop."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert R.Machine(R.parse(["--task=toy"])).device.type == "cpu"
 
 
 def test_readme_names_what_there_is():
