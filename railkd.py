@@ -464,7 +464,7 @@ def parse(argv=None) -> argparse.Namespace:
     flag("--weights", type=float, nargs=3, metavar=("CE", "KD", "ILD"), help="of the last stage")
     flag("--temperature", type=float, default=2.0, help="of the KD term")
     flag("--proj-dim", type=positive, help="width of the projections (128, as in the paper)")
-    flag("--shared-proj", action=argparse.BooleanOptionalAction, help="or one for each slot")
+    flag("--shared-proj", action=argparse.BooleanOptionalAction, help="one map, or one per slot")
     flag("--teacher-proj", choices=("frozen", "trained"), help="frozen; codir, paper: trained")
     flag("--start", default="ridge", choices=("ridge", "random"), help="of maps (paper: random)")
     flag("--teacher-epochs", type=positive, default=3, help="to fine-tune a teacher without a head")
